@@ -1,0 +1,48 @@
+# make demo   a small GLM's whole life on this machine      make test   the default tests
+# Both create .venv and install by themselves. PYTHON picks the interpreter (3.11 or newer).
+# PIP_FLAGS is passed to every pip call, e.g. an index that carries CPU-only torch wheels.
+
+PYTHON    ?= python3
+PIP_FLAGS ?=
+VENV      := .venv
+BIN       := $(VENV)/bin
+
+# The doors at the root (model, kernels, ...) must never shadow an installed package of the same name.
+export PYTHONSAFEPATH := 1
+
+.PHONY: install demo test check slow wheel ci clean
+
+$(VENV)/.run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(PIP_FLAGS) -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	touch $@
+
+install: $(VENV)/.dev
+
+demo: $(VENV)/.run
+	$(BIN)/glmctl run demo
+
+test: $(VENV)/.dev
+	$(BIN)/pytest
+
+# Everything else that .ci/run asks for.
+check: $(VENV)/.dev
+	$(BIN)/ruff check glmctl tests benchmarks examples
+	$(BIN)/ruff format --check glmctl tests benchmarks examples
+	$(BIN)/mypy
+
+slow: $(VENV)/.dev
+	$(BIN)/pytest -m 'slow or multiprocess' --timeout=900
+
+# The wheel alone, in an empty environment, outside the checkout, runs a whole life.
+wheel:
+	PYTHON=$(PYTHON) PIP_FLAGS='$(PIP_FLAGS)' bash tests/wheel.sh
+
+ci: check test slow wheel
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,326 @@
+"""Messages to text and to token ids with a loss mask, by the rules of GLM-4.5's chat template (spec section 3.2).
+
+There is no end-of-turn token: a turn ends where the next role token starts. So the token that closes an assistant
+turn, `<|user|>` (done) or `<|observation|>` (waiting for tools), is the model's own and is trained on.
+
+Nothing inside a message can open or close a turn: special strings in contents, tool descriptions, arguments and
+results are encoded as plain text. The one exception is `/nothink` in a user turn, which is a switch by design.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import jinja2
+
+from glmctl.data.sandbox import MARK_END, MARK_START, compile_template
+from glmctl.data.template_source import exported_template, training_template
+from glmctl.data.template_worker import ForeignTemplate
+from glmctl.data.tokenizer import NOTHINK, OBSERVATION, USER, Tokenizer
+from glmctl.errors import DataError
+
+Message = Mapping[str, Any]
+LossOn = Literal["last_turn", "all_turns"]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids, and for each whether it is one that the model should learn to write."""
+
+    tokens: list[int]
+    loss_mask: list[int]
+    """1 where the token is the model's own (its closing role token included), else 0; same length as `tokens`"""
+
+
+def closes(message: Message) -> str:
+    """The role token that ends this assistant turn: `<|observation|>` if it calls tools, else `<|user|>`."""
+    return OBSERVATION if message.get("tool_calls") else USER
+
+
+class ChatTemplate:
+    """A chat template bound to a tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, source: str | None = None, *, where: str = "chat template") -> None:
+        """`source` is Jinja; None, or ours as exported, means ours. DataError if a foreign one does not compile."""
+        self.tokenizer = tokenizer
+        self._where = where
+        self._foreign: ForeignTemplate | None = None
+        if source is None or source in (exported_template(), training_template()):
+            self.source = exported_template()
+        else:
+            self.source = source
+            self._foreign = ForeignTemplate(source, where)
+        added = sorted(tokenizer.added_tokens, key=lambda token: (-len(token), token))
+        self._added = added
+        self._special = re.compile("|".join(map(re.escape, added)))
+        self._special_in_user = re.compile("|".join(re.escape(token) for token in added if token != NOTHINK))
+
+    @classmethod
+    def load(cls, folder: Path | str) -> ChatTemplate:
+        """Tokenizer and template of a model folder or run directory.
+
+        A folder without a template gets ours: GLM-4.5's format is the one this toolkit trains.
+        """
+        folder = Path(folder)
+        tokenizer = Tokenizer.load(folder)
+        home = folder if (folder / "tokenizer.json").is_file() else folder / "export"
+        path = home / "chat_template.jinja"
+        try:
+            source = path.read_text(encoding="utf-8") if path.is_file() else None
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 text") from error
+        return cls(tokenizer, source, where=str(path))
+
+    # ------------------------------------------------------------------ text
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        enable_thinking: bool = True,
+    ) -> str:
+        """The conversation as text, the same as transformers' `apply_chat_template` gives.
+
+        DataError for an unknown role, a content part that is not text, or arguments that are not an object.
+        """
+        context = _context(_settled(messages), tools, add_generation_prompt, enable_thinking)
+        return self._run({**context, MARK_START: "", MARK_END: ""})
+
+    # ------------------------------------------------------------------ tokens
+
+    def encode_prompt(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        enable_thinking: bool = True,
+    ) -> list[int]:
+        """Token ids up to the point where the assistant starts to write."""
+        return self._encode(messages, tools, True, enable_thinking)[0]
+
+    def encode_reply(self, messages: Sequence[Message], *, enable_thinking: bool = True) -> list[int]:
+        """Token ids of tool results or a user turn that follow an assistant turn, and the next generation prompt.
+
+        The first id is the role token, which the assistant turn before it already ended in.
+        """
+        assert messages, "a reply has at least one message"
+        assert all(message["role"] in ("tool", "user") for message in messages), "a reply is from the user or tools"
+        alone = self.encode_prompt(messages, enable_thinking=enable_thinking)
+        roles = (self.tokenizer.id(USER), self.tokenizer.id(OBSERVATION))
+        return alone[next(at for at, token in enumerate(alone) if token in roles) :]
+
+    def encode_training(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        enable_thinking: bool = True,
+        loss_on: LossOn = "last_turn",
+    ) -> Encoded:
+        """Token ids and loss mask of a whole conversation.
+
+        The loss is on assistant turns after the last user message (the whole tool loop), or on all of them; each
+        with its closing role token, which is appended when the conversation ends in an assistant turn. What
+        inference gives the model is not learnt: the role token that opens a turn, and the empty think block of a
+        `/nothink` turn or of a turn whose reasoning a later user message dropped.
+        DataError when no assistant turn is left to learn from, or a trained `/nothink` turn carries reasoning.
+        """
+        if self._foreign is not None and not self._foreign.marked:
+            raise DataError(
+                f"{self._where}: the template has no {{% generation %}} marks, which training needs",
+                hint="remove the file to train with glmctl's own GLM-4.5 template",
+            )
+        turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+        last_user = max((at for at, message in enumerate(messages) if message["role"] == "user"), default=-1)
+        learnt = [at for at in turns if loss_on == "all_turns" or at > last_user]
+        if not learnt:
+            raise DataError("the conversation has no assistant turn after its last user message")
+        settled = _settled(messages, split_reasoning=True)
+        if not enable_thinking and any(
+            at > last_user and str(settled[at].get("reasoning_content") or "").strip() for at in learnt
+        ):
+            raise DataError("enable_thinking is false, but an assistant turn to learn from has reasoning")
+
+        tokens, spans = self._encode(settled, tools, False, enable_thinking)
+        if len(spans) != len(turns):
+            raise DataError(f"{self._where}: {len(spans)} generation marks for {len(turns)} assistant turns")
+        if messages[-1]["role"] == "assistant":
+            tokens.append(self.tokenizer.id(closes(messages[-1])))
+        mask = [0] * len(tokens)
+        for at, (start, stop) in zip(turns, spans, strict=True):
+            if at in learnt:
+                closed = stop < len(tokens) and tokens[stop] == self.tokenizer.id(closes(messages[at]))
+                mask[start : stop + closed] = [1] * (stop + closed - start)
+        return Encoded(tokens, mask)
+
+    # ------------------------------------------------------------------ inside
+
+    def _encode(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, prompt: bool, thinking: bool
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids, and of each generation mark the token range. Text is cut at special tokens and at marks only.
+
+        A mark starts where inference starts to generate, so cutting there makes the training tokens continue the
+        prompt's exactly.
+        """
+        try:
+            settled = _settled(messages, split_reasoning=True)
+            names = self._stand_ins(settled, tools)
+            start, end = names.pop(), names.pop()
+            hide = dict(zip(self._added, names, strict=True))
+            context = _context(self._hidden(settled, hide), _hide(tools, self._special, hide), prompt, thinking)
+        except RecursionError as error:
+            raise DataError("the conversation is nested too deeply") from error
+        text = self._run({**context, MARK_START: start, MARK_END: end})
+
+        shown = {stand_in: token for token, stand_in in hide.items()}
+        stand_ins = re.compile("[" + "".join(names) + "]")
+        tokens: list[int] = []
+        spans: list[tuple[int, int]] = []
+        begin = 0
+        for part in re.split(f"({start}|{end}|{self._special.pattern})", text):
+            if part == start:
+                begin = len(tokens)
+            elif part == end:
+                spans.append((begin, len(tokens)))
+            elif part in hide:
+                tokens.append(self.tokenizer.id(part))
+            elif part:
+                tokens += self.tokenizer.encode_plain(stand_ins.sub(lambda match: shown[match.group()], part))
+        return tokens, spans
+
+    def _stand_ins(self, messages: Any, tools: Any) -> list[str]:
+        """Private-use characters that occur nowhere in the conversation: one an added token, and two marks."""
+        used = set(json.dumps([messages, tools], ensure_ascii=False))
+        need = len(self._added) + 2
+        for base in range(0x100000, 0x10FFFE - need, need):
+            block = [chr(base + offset) for offset in range(need)]
+            if used.isdisjoint(block):
+                return block
+        raise DataError("the conversation uses every private-use character there is")
+
+    def _hidden(self, messages: list[dict[str, Any]], hide: dict[str, str]) -> list[dict[str, Any]]:
+        """The messages with every special string in their contents replaced by its stand-in."""
+        return [
+            {
+                key: value
+                if key == "role"
+                else _hide(value, self._special_in_user if message["role"] == "user" else self._special, hide)
+                for key, value in message.items()
+            }
+            for message in messages
+        ]
+
+    def _run(self, context: dict[str, Any]) -> str:
+        if self._foreign is not None:
+            return self._foreign.render(context)
+        return _render_ours(context, self._where)
+
+
+@functools.cache
+def _ours() -> jinja2.Template:
+    return compile_template(training_template())
+
+
+def render_text(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, *, enable_thinking: bool = True
+) -> str:
+    """A whole conversation as text, by glmctl's own template; needs no tokenizer. DataError as for `render`."""
+    context = _context(_settled(messages), tools, False, enable_thinking)
+    text = _render_ours({**context, MARK_START: "", MARK_END: ""}, "chat template")
+    return text + (closes(messages[-1]) if messages and messages[-1]["role"] == "assistant" else "")
+
+
+def _render_ours(context: dict[str, Any], where: str) -> str:
+    try:
+        return _ours().render(context)
+    except (jinja2.TemplateError, TypeError, RecursionError) as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _context(messages: list[dict[str, Any]], tools: Any, prompt: bool, thinking: bool) -> dict[str, Any]:
+    return {
+        "messages": messages,
+        "tools": list(tools) if tools else None,
+        "add_generation_prompt": prompt,
+        "enable_thinking": thinking,
+    }
+
+
+def _hide(value: Any, special: re.Pattern[str], hide: dict[str, str]) -> Any:
+    """`value` with special strings replaced in every string inside it, keys of objects too."""
+    if isinstance(value, str):
+        return special.sub(lambda match: hide[match.group()], value)
+    if isinstance(value, Mapping):
+        return {_hide(key, special, hide): _hide(item, special, hide) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hide(item, special, hide) for item in value]
+    return value
+
+
+def _settled(messages: Sequence[Message], *, split_reasoning: bool = False) -> list[dict[str, Any]]:
+    """Messages as the template wants them: arguments as objects, reasoning under `reasoning_content`.
+
+    With `split_reasoning`, reasoning that an assistant content carries before `</think>` is moved out of it by
+    the template's own rule (encoding hides tags inside contents, so the template could not find it).
+    """
+    settled = []
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise DataError("a message must be an object with a 'role'")
+        copy = dict(message)
+        if "reasoning" in copy and not isinstance(copy.get("reasoning_content"), str):
+            copy["reasoning_content"] = copy["reasoning"]
+        if copy.get("tool_calls"):
+            copy["tool_calls"] = [_settled_call(call) for call in copy["tool_calls"]]
+        elif "tool_calls" in copy:
+            del copy["tool_calls"]
+        if split_reasoning and copy["role"] == "assistant" and not isinstance(copy.get("reasoning_content"), str):
+            text = text_of(copy.get("content"))
+            if "</think>" in text:
+                before, after = text.split("</think>", 1)
+                copy["reasoning_content"], copy["content"] = before.split("<think>")[-1], after
+        settled.append(copy)
+    return settled
+
+
+def text_of(content: Any) -> str:
+    """The text of a message content: a string, a list of text parts, or None. DataError for anything else."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list | tuple):
+        parts = [part["text"] if isinstance(part, Mapping) and part.get("type") == "text" else part for part in content]
+        if all(isinstance(part, str) for part in parts):
+            return "".join(parts)
+        raise DataError("message content may hold text parts only")
+    raise DataError("message content must be a string or a list of text parts")
+
+
+def _settled_call(call: Any) -> dict[str, Any]:
+    if not isinstance(call, Mapping):
+        raise DataError("a tool call must be an object")
+    function = call.get("function", call)
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str):
+        raise DataError("a tool call needs a function name")
+    arguments = function.get("arguments")
+    if arguments is None or arguments == "":
+        arguments = {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"arguments of {name}: not JSON: {error}") from error
+    if not isinstance(arguments, Mapping):
+        raise DataError(f"arguments of {name}: must be a JSON object, not {type(arguments).__name__}")
+    return {**call, "function": {**cast(Mapping[str, Any], function), "arguments": dict(arguments)}}

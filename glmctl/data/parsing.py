@@ -1,0 +1,471 @@
+"""Text that the model wrote back to reasoning, content and tool calls: the inverse of the chat template.
+
+One state machine serves both whole texts (`parse`) and streams (`StreamParser`), so they cannot disagree. It looks
+for fixed tags only and never looks at a character twice, so its time is linear in the text whatever the text is.
+
+Values: an argument whose schema type is string stays raw. Any other value that is a JSON object, array, number,
+boolean or null becomes that; everything else, JSON strings in quotes included, stays raw text. So without a schema
+a string argument `5` comes back as the number 5: the format itself does not tell them apart.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any, NoReturn
+
+CLOSING = ("<|user|>", "<|observation|>", "<|endoftext|>")
+
+_THINK, _END_THINK = "<think>", "</think>"
+_CALL, _END_CALL = "<tool_call>", "</tool_call>"
+_KEY, _END_KEY = "<arg_key>", "</arg_key>"
+_VALUE, _END_VALUE = "<arg_value>", "</arg_value>"
+
+# strings that never belong inside an answer: seeing one means the model lost the format
+_ROLES = (*CLOSING, "<|system|>", "<|assistant|>", "[gMASK]", "<sop>")
+_STRAY = (*_ROLES, _THINK, _END_THINK, _END_CALL, _KEY, _END_KEY, _VALUE, _END_VALUE, "<tool_response>")
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What a text says. `tool_calls` holds the complete calls only, as {"name": str, "arguments": dict}."""
+
+    reasoning: str | None
+    content: str
+    tool_calls: list[dict[str, Any]]
+    well_formed: bool
+    problem: str | None
+    """the first thing that is not as the template would have written it"""
+
+    def message(self) -> dict[str, Any]:
+        """As an assistant message that the chat template renders."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.content}
+        if self.reasoning is not None:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [{"type": "function", "function": dict(call)} for call in self.tool_calls]
+        return message
+
+
+@dataclass(frozen=True)
+class Delta:
+    """One increment of a stream; exactly one of the first three, or `tool_name`/`arguments` with `tool_index`."""
+
+    reasoning: str | None = None
+    content: str | None = None
+    tool_index: int | None = None
+    tool_name: str | None = None
+    """set once, when call `tool_index` starts"""
+    arguments: str | None = None
+    """the next piece of the call's arguments as JSON text; the pieces of a complete call join to an object"""
+
+
+class _State(Enum):
+    START = auto()
+    REASONING = auto()
+    CONTENT = auto()
+    NAME = auto()
+    ARGUMENTS = auto()
+    KEY = auto()
+    BEFORE_VALUE = auto()
+    VALUE = auto()
+    BROKEN_CALL = auto()
+    AFTER_CALL = auto()
+
+
+def parse(text: str, *, thinking: bool = True, tools: Sequence[Mapping[str, Any]] | None = None) -> Parsed:
+    """Read one assistant turn. Never raises: what is amiss is in `problem`.
+
+    With `thinking` the text starts with its think block (which may be empty); without, it is what follows the
+    `<think></think>` that the prompt gave, though an empty block at the start is accepted too. One closing role
+    token at the end is dropped. Calls are read to their end tag in order, so a value may contain anything but
+    `</arg_value>`.
+    """
+    closing = next((token for token in CLOSING if text.endswith(token)), "")
+    parser = StreamParser(thinking=thinking, tools=tools)
+    parser.feed(text.removesuffix(closing))
+    parser.finish()
+    return parser.parsed
+
+
+class StreamParser:
+    """`parse` for text that arrives in pieces: `feed` each one, then `finish`; `parsed` is the whole."""
+
+    def __init__(self, thinking: bool = True, tools: Sequence[Mapping[str, Any]] | None = None) -> None:
+        self._thinking = thinking
+        self._schemas = _argument_types(tools or ())
+        self._state = _State.START
+        self._buffer = ""
+        self._at = 0  # everything before it has been read
+        self._deltas: list[Delta] = []
+        self._reasoning = _Trimmed(lambda text: self._deltas.append(Delta(reasoning=text)))
+        self._content = _Trimmed(lambda text: self._deltas.append(Delta(content=text)))
+        self._parts: list[str] = []
+        self._calls: list[dict[str, Any]] = []
+        self._name = ""
+        self._key = ""
+        self._arguments: dict[str, Any] = {}
+        self._started = 0
+        self._problem: str | None = None
+        self._finished = False
+        self._steps: dict[_State, Callable[[], bool]] = {
+            _State.START: self._start,
+            _State.REASONING: self._in_reasoning,
+            _State.CONTENT: self._in_content,
+            _State.NAME: self._in_name,
+            _State.ARGUMENTS: self._in_arguments,
+            _State.KEY: self._in_key,
+            _State.BEFORE_VALUE: self._before_value,
+            _State.VALUE: self._in_value,
+            _State.BROKEN_CALL: self._in_broken_call,
+            _State.AFTER_CALL: self._after_call,
+        }
+
+    def feed(self, text: str) -> list[Delta]:
+        """What became certain with `text`. Anything that may be the start of a tag is held back."""
+        assert not self._finished, "the stream has ended"
+        self._buffer += text
+        return self._advance()
+
+    def finish(self) -> list[Delta]:
+        """What was held back, at the end of the text."""
+        self._finished = True
+        deltas = self._advance()
+        if self._state is _State.REASONING:
+            self._trouble("<think> is not closed")
+        elif self._state not in (_State.START, _State.CONTENT, _State.AFTER_CALL):
+            self._trouble("<tool_call> is not closed")
+        elif self._state is _State.START and self._thinking:
+            self._trouble("there is no <think> block")
+        return deltas
+
+    @property
+    def parsed(self) -> Parsed:
+        """Everything read so far."""
+        return Parsed(
+            reasoning=self._reasoning.text or None,
+            content=self._content.text,
+            tool_calls=list(self._calls),
+            well_formed=self._problem is None,
+            problem=self._problem,
+        )
+
+    # ------------------------------------------------------------------ machinery
+
+    def _advance(self) -> list[Delta]:
+        while self._steps[self._state]():
+            pass
+        self._buffer, self._at = self._buffer[self._at :], 0
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    def _trouble(self, problem: str) -> None:
+        self._problem = self._problem or problem
+
+    def _until(self, tags: _Tags) -> tuple[str, str | None]:
+        """Consume text up to and including the first of `tags`; without one, all that cannot begin a tag."""
+        match = tags.pattern.search(self._buffer, self._at)
+        begin = self._at
+        if match:
+            self._at = match.end()
+            return self._buffer[begin : match.start()], match.group()
+        self._at = len(self._buffer) - (0 if self._finished else tags.partial(self._buffer[begin:]))
+        return self._buffer[begin : self._at], None
+
+    def _next_tag(self, tags: _Tags) -> str | None:
+        """Skip white space; consume and return a tag that stands there, "" if something else does, None to wait."""
+        space = _SPACE.match(self._buffer, self._at)
+        assert space is not None, "the pattern matches the empty string"
+        self._at = space.end()
+        head = self._buffer[self._at : self._at + tags.longest]
+        found = next((tag for tag in tags.all if head.startswith(tag)), None)
+        if found is not None:
+            self._at += len(found)
+            return found
+        if not head or (not self._finished and any(tag.startswith(head) for tag in tags.all)):
+            return None
+        return ""
+
+    def _collect(self, tags: _Tags) -> tuple[str, str] | None:
+        """Text before the next of `tags`, gathered over feeds; None while the tag has not come."""
+        text, tag = self._until(tags)
+        self._parts.append(text)
+        if tag is None:
+            return None
+        whole = "".join(self._parts)
+        self._parts = []
+        return whole, tag
+
+    # ------------------------------------------------------------------ states: each returns whether to go on
+
+    def _start(self) -> bool:
+        tag = self._next_tag(_OPENING)
+        if tag is None:
+            return False
+        if tag == _THINK:
+            self._state = _State.REASONING
+        else:
+            if self._thinking:
+                self._trouble("there is no <think> block")
+            self._state = _State.CONTENT
+        return True
+
+    def _in_reasoning(self) -> bool:
+        text, tag = self._until(_IN_REASONING)
+        self._reasoning.add(text)
+        if tag is None:
+            return False
+        if tag == _END_THINK:
+            if self._reasoning.text and not self._thinking:
+                self._trouble("there is reasoning in a /nothink answer")
+            self._state = _State.CONTENT
+        else:
+            self._trouble(f"{tag} inside the reasoning")
+            self._reasoning.add(tag)
+        return True
+
+    def _in_content(self) -> bool:
+        text, tag = self._until(_IN_CONTENT)
+        self._content.add(text)
+        if tag is None:
+            return False
+        if tag == _CALL:
+            self._state = _State.NAME
+        else:
+            self._trouble(f"{tag} inside the content")
+            self._content.add(tag)
+        return True
+
+    def _in_name(self) -> bool:
+        found = self._collect(_AFTER_NAME)
+        if found is None:
+            return False
+        name, tag = found[0].strip(), found[1]
+        if not name or _NOT_IN_NAME.search(name):
+            self._trouble("a tool call has no proper name")
+            self._state = _State.AFTER_CALL if tag == _END_CALL else _State.BROKEN_CALL
+            return True
+        self._name, self._arguments = name, {}
+        self._started += 1
+        self._deltas.append(Delta(tool_index=self._started - 1, tool_name=name))
+        if tag == _END_CALL:
+            self._end_call()
+        else:
+            self._state = _State.KEY if tag == _KEY else _State.ARGUMENTS
+        return True
+
+    def _in_arguments(self) -> bool:
+        tag = self._next_tag(_NEXT_ARGUMENT)
+        if tag is None:
+            return False
+        if tag == _KEY:
+            self._state = _State.KEY
+        elif tag == _END_CALL:
+            self._end_call()
+        else:
+            self._break("text between the arguments of a tool call")
+        return True
+
+    def _in_key(self) -> bool:
+        found = self._collect(_END_OF_KEY)
+        if found is None:
+            return False
+        if found[1] != _END_KEY:
+            self._break("<arg_key> is not closed")
+            return True
+        self._key = found[0]
+        self._state = _State.BEFORE_VALUE
+        return True
+
+    def _before_value(self) -> bool:
+        tag = self._next_tag(_OPEN_VALUE)
+        if tag is None:
+            return False
+        if tag == _VALUE:
+            self._state = _State.VALUE
+        else:
+            self._break("an <arg_key> has no <arg_value>")
+        return True
+
+    def _in_value(self) -> bool:
+        found = self._collect(_END_OF_VALUE)
+        if found is None:
+            return False
+        if self._key in self._arguments:
+            self._break(f"argument {self._key!r} is given twice")
+            return True
+        value, text = _value(found[0], self._schemas.get(self._name, {}).get(self._key))
+        opening = ", " if self._arguments else "{"
+        self._arguments[self._key] = value
+        text = f"{opening}{json.dumps(self._key, ensure_ascii=False)}: {text}"
+        self._deltas.append(Delta(tool_index=self._started - 1, arguments=text))
+        self._state = _State.ARGUMENTS
+        return True
+
+    def _in_broken_call(self) -> bool:
+        _, tag = self._until(_END_OF_CALL)
+        if tag is None:
+            return False
+        self._state = _State.AFTER_CALL
+        return True
+
+    def _after_call(self) -> bool:
+        tag = self._next_tag(_NEXT_CALL)
+        if tag is None:
+            return False
+        if tag == _CALL:
+            self._state = _State.NAME
+            return True
+        self._trouble("text after a tool call")
+        _, tag = self._until(_NEXT_CALL)
+        if tag == _CALL:
+            self._state = _State.NAME
+        return tag is not None
+
+    def _end_call(self) -> None:
+        self._deltas.append(Delta(tool_index=self._started - 1, arguments="}" if self._arguments else "{}"))
+        self._calls.append({"name": self._name, "arguments": self._arguments})
+        self._state = _State.AFTER_CALL
+
+    def _break(self, problem: str) -> None:
+        self._trouble(problem)
+        self._state = _State.BROKEN_CALL
+
+
+class _Trimmed:
+    """Text without white space at either end, passed on as soon as that is certain."""
+
+    def __init__(self, emit: Callable[[str], None]) -> None:
+        self._emit = emit
+        self._pieces: list[str] = []
+        self._space: list[str] = []
+
+    def add(self, text: str) -> None:
+        body = text.rstrip()
+        if not body:
+            if self._pieces and text:
+                self._space.append(text)
+            return
+        piece = "".join([*self._space, body]) if self._pieces else body.lstrip()
+        self._space = [text[len(body) :]]
+        self._pieces.append(piece)
+        self._emit(piece)
+
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)
+
+
+@dataclass(frozen=True)
+class _Tags:
+    """A set of fixed strings to look for."""
+
+    all: tuple[str, ...]
+    pattern: re.Pattern[str] = field(init=False)
+    longest: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pattern", re.compile("|".join(map(re.escape, self.all))))
+        object.__setattr__(self, "longest", max(map(len, self.all)))
+
+    def partial(self, text: str) -> int:
+        """Length of the longest end of `text` that could grow into one of the strings."""
+        for length in range(min(self.longest - 1, len(text)), 0, -1):
+            end = text[len(text) - length :]
+            if any(tag.startswith(end) for tag in self.all):
+                return length
+        return 0
+
+
+_OPENING = _Tags((_THINK,))
+_IN_REASONING = _Tags((_END_THINK, _THINK, *_ROLES))
+_IN_CONTENT = _Tags((_CALL, *_STRAY))
+# a literal backslash-n in place of the newline is a slip that released models make
+_AFTER_NAME = _Tags(("\n", "\\n", _KEY, _END_CALL))
+_NEXT_ARGUMENT = _Tags((_KEY, _END_CALL))
+_END_OF_KEY = _Tags((_END_KEY, _VALUE, _END_CALL, _KEY))
+_OPEN_VALUE = _Tags((_VALUE,))
+_END_OF_VALUE = _Tags((_END_VALUE,))
+_END_OF_CALL = _Tags((_END_CALL,))
+_NEXT_CALL = _Tags((_CALL,))
+_SPACE = re.compile(r"\s*")
+_NOT_IN_NAME = re.compile(r"[\s<>]")
+
+
+# ------------------------------------------------------------------ values
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is out of range")
+    return value
+
+
+def _value(text: str, types: frozenset[str] | None) -> tuple[Any, str]:
+    """The value that `text` stands for, given the JSON types its schema allows (None: no schema), and its JSON."""
+    raw = (text, json.dumps(text, ensure_ascii=False))
+    if types == frozenset({"string"}):
+        return raw
+    try:
+        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        as_json = json.dumps(value, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return raw
+    if isinstance(value, str) or (types and "string" in types and not types & _json_types(value)):
+        return raw
+    return value, as_json
+
+
+def _json_types(value: Any) -> set[str]:
+    if value is None:
+        return {"null"}
+    if isinstance(value, bool):
+        return {"boolean"}
+    if isinstance(value, int):
+        return {"integer", "number"}
+    if isinstance(value, float):
+        return {"number"}
+    return {"array"} if isinstance(value, list) else {"object"}
+
+
+def _argument_types(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, frozenset[str]]]:
+    """Function name -> argument -> the JSON types its schema allows; arguments of unknown type are left out."""
+    table: dict[str, dict[str, frozenset[str]]] = {}
+    for tool in tools:
+        function = tool.get("function", tool)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            continue
+        parameters = function.get("parameters")
+        properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+        if isinstance(properties, Mapping):
+            known = {key: _schema_types(schema) for key, schema in properties.items()}
+            table[function["name"]] = {key: types for key, types in known.items() if types}
+    return table
+
+
+def _schema_types(schema: Any) -> frozenset[str]:
+    if not isinstance(schema, Mapping):
+        return frozenset()
+    kind = schema.get("type")
+    if isinstance(kind, str):
+        return frozenset((kind,))
+    if isinstance(kind, list):
+        return frozenset(name for name in kind if isinstance(name, str))
+    choices = schema.get("enum")
+    if isinstance(choices, list) and choices:
+        return frozenset("string" if isinstance(c, str) else min(_json_types(c)) for c in choices)
+    found: frozenset[str] = frozenset()
+    for key in ("anyOf", "oneOf"):
+        options = schema.get(key)
+        if isinstance(options, list):
+            found |= frozenset(name for option in options for name in _schema_types(option))
+    return found

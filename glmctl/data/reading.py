@@ -1,0 +1,116 @@
+"""Reading files that others wrote: packed or not, damaged or hostile, always with bounded memory."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from glmctl.errors import DataError, EnvironmentProblem, RecipeError
+
+MAX_ROW_BYTES = 16 * 1024 * 1024
+MAX_EXPANSION = 200
+"""a .gz that grows by more than this (past 64 MB) is taken for a bomb"""
+
+
+@dataclass
+class BadRows:
+    """Rows and files that could not be used, counted by kind, with the first few places of each."""
+
+    limit: float = 0.01
+    """share of the rows of one source that may be bad"""
+    kinds: Counter[str] = field(default_factory=Counter)
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Rows left out so far."""
+        return sum(self.kinds.values())
+
+    def add(self, kind: str, place: str) -> None:
+        """Count one bad row at `place` (file:line)."""
+        self.kinds[kind] += 1
+        known = self.places.setdefault(kind, [])
+        if len(known) < 5:
+            known.append(place)
+
+    def summary(self) -> str:
+        """One line: how many of each kind, and where the first is."""
+        return "; ".join(f"{count} x {kind} (first: {self.places[kind][0]})" for kind, count in self.kinds.items())
+
+    def check(self, before: int, rows: int, where: str) -> None:
+        """DataError if more than the tolerated share of `rows` went bad since the count was `before`."""
+        bad = self.total - before
+        if bad and bad > self.limit * rows:
+            raise DataError(f"{where}: {bad} of {rows} rows are unreadable: {self.summary()}")
+
+
+def decoded(data: bytes, place: str, bad: BadRows) -> str | None:
+    """`data` as text, or None and a bad row when it is not UTF-8 text."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        bad.add("not UTF-8", place)
+        return None
+    if "\0" in text:
+        bad.add("holds NUL", place)
+        return None
+    return text.removeprefix("\ufeff")
+
+
+@contextmanager
+def open_maybe_gzip(path: Path) -> Iterator[BinaryIO]:
+    """A binary stream of `path`, unpacked when its name ends in .gz.
+
+    DataError naming the file when it is truncated, damaged, or unpacks to over 200 times its size.
+    """
+    try:
+        with open(path, "rb") as raw:
+            if path.suffix == ".gz":
+                limit = max(64 * 1024 * 1024, MAX_EXPANSION * path.stat().st_size)
+                yield io.BufferedReader(_Capped(gzip.GzipFile(fileobj=raw), limit, path))
+            else:
+                yield raw
+    except FileNotFoundError as error:
+        raise RecipeError(f"{path}: no such file") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: truncated or damaged gzip: {error}") from error
+    except PermissionError as error:
+        raise EnvironmentProblem(f"{path}: {error.strerror}") from error
+
+
+class _Capped(io.RawIOBase):
+    """A stream that refuses to give more than `limit` bytes."""
+
+    def __init__(self, stream: gzip.GzipFile, limit: int, path: Path) -> None:
+        self._stream, self._left, self._path = stream, limit, path
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        data = self._stream.read(len(buffer))
+        self._left -= len(data)
+        if self._left < 0:
+            raise DataError(f"{self._path}: unpacks to more than {MAX_EXPANSION} times its size")
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def numbered_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """(line number from 1, line), the line None when it is longer than 16 MB."""
+    number = 0
+    while line := stream.readline(MAX_ROW_BYTES + 1):
+        number += 1
+        if len(line) <= MAX_ROW_BYTES:
+            yield number, line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(MAX_ROW_BYTES)
+        yield number, None

@@ -1,0 +1,218 @@
+"""Token shards: flat little-endian unsigned integers on disk, memory-mapped, with a document index.
+
+A split folder holds `tokens-00000.bin`, `tokens-00001.bin`, ... (uint16 when the vocabulary fits, else uint32),
+`documents.npy` (int64 [documents + 1]: where each document starts, and the end) and `shards.json` (sizes, dtype,
+vocabulary, tokenizer hash). The folder above carries the manifest with checksums.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from glmctl.errors import DataError, RecipeError
+
+INDEX = "shards.json"
+DOCUMENTS = "documents.npy"
+FORMAT = 1
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The narrowest little-endian type that holds every id."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+class ShardWriter:
+    """Writes one split; use as a context manager. A file ends when it has `shard_tokens`, also within a document."""
+
+    def __init__(
+        self, folder: Path, *, vocab_size: int, tokenizer_hash: str, end_of_document: int, shard_tokens: int
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._vocab_size = vocab_size
+        self._hash = tokenizer_hash
+        self._end = end_of_document
+        self._shard_tokens = shard_tokens
+        self._dtype = token_dtype(vocab_size)
+        self._files: list[dict[str, Any]] = []
+        self._stream: BinaryIO | None = None
+        self._starts = [0]
+        self.counts = np.zeros(vocab_size, np.int64)
+        """how often each id was written"""
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens written so far."""
+        return self._starts[-1]
+
+    @property
+    def documents(self) -> int:
+        """Documents written so far."""
+        return len(self._starts) - 1
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Append one document, `<|endoftext|>` included by the caller. An id outside the vocabulary is our bug."""
+        ids = np.asarray(tokens, np.int64)
+        assert ids.size > 0, "a document has at least its end token"
+        assert ids.min() >= 0, "token ids are not negative"
+        assert ids.max() < self._vocab_size, "token ids are below the vocabulary size"
+        self.counts += np.bincount(ids, minlength=self._vocab_size)
+        self._starts.append(self._starts[-1] + len(ids))
+        data = ids.astype(self._dtype)
+        while len(data):
+            if self._stream is None:
+                self._files.append({"name": f"tokens-{len(self._files):05d}.bin", "tokens": 0})
+                self._stream = open(self._folder / self._files[-1]["name"], "wb")  # noqa: SIM115 - closed in _roll
+            room = self._shard_tokens - self._files[-1]["tokens"]
+            part, data = data[:room], data[room:]
+            self._stream.write(part.tobytes())
+            self._files[-1]["tokens"] += len(part)
+            if self._files[-1]["tokens"] == self._shard_tokens:
+                self._roll()
+
+    def close(self) -> None:
+        """Finish the last file and write the index."""
+        self._roll()
+        np.save(self._folder / DOCUMENTS, np.asarray(self._starts, "<i8"))
+        index = {
+            "format": FORMAT,
+            "dtype": self._dtype.str,
+            "vocab_size": self._vocab_size,
+            "tokenizer_hash": self._hash,
+            "end_of_document": self._end,
+            "total_tokens": self.total_tokens,
+            "documents": self.documents,
+            "files": self._files,
+        }
+        (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._roll()
+
+    def _roll(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    start: int
+    tokens: np.ndarray
+
+
+class TokenShards:
+    """One split, memory-mapped. Make one with `TokenShards.open`."""
+
+    def __init__(self, folder: Path, index: dict[str, Any], files: list[_File], bounds: np.ndarray) -> None:
+        self.folder = folder
+        self.vocab_size: int = index["vocab_size"]
+        self.tokenizer_hash: str = index["tokenizer_hash"]
+        self.pad_id: int = index["end_of_document"]
+        self.total_tokens: int = index["total_tokens"]
+        self.document_starts: np.ndarray = bounds[:-1]
+        """[documents] int64: where each document begins in the flat stream"""
+        self._files = files
+        self._file_starts = np.array([file.start for file in files] or [0])
+
+    @classmethod
+    def open(cls, folder: Path | str, split: str = "train") -> TokenShards:
+        """Open a split folder, or `split` of a prepared data folder or run directory.
+
+        RecipeError when nothing is there; DataError naming the file when one is missing, truncated or inconsistent.
+        """
+        folder = Path(folder)
+        choices = [folder, folder / split, folder / "export" / split]
+        home = next((choice for choice in choices if (choice / INDEX).is_file()), None)
+        if home is None:
+            if (folder / DOCUMENTS).is_file() or any((c / DOCUMENTS).is_file() for c in choices):
+                raise DataError(f"{folder}: {INDEX} is missing")
+            raise RecipeError(f"{folder}: no token shards there", hint="run `glmctl data` first, or name its run")
+        index = _read_index(home / INDEX)
+        dtype = np.dtype(index["dtype"])
+        files, start = [], 0
+        for entry in index["files"]:
+            path, count = home / entry["name"], entry["tokens"]
+            size = path.stat().st_size if path.is_file() else None
+            if size is None:
+                raise DataError(f"{path}: missing")
+            if size != count * dtype.itemsize:
+                raise DataError(f"{path}: {size} bytes instead of {count * dtype.itemsize}: truncated or damaged")
+            files.append(_File(path, start, np.memmap(path, dtype, "r")))
+            start += count
+        if start != index["total_tokens"]:
+            raise DataError(f"{home / INDEX}: total_tokens is {index['total_tokens']}, its files hold {start}")
+        return cls(home, index, files, _read_bounds(home / DOCUMENTS, index))
+
+    def tokens(self, start: int, count: int) -> np.ndarray:
+        """[count] ids of the flat stream from `start`. DataError when an id is outside the vocabulary."""
+        assert 0 <= start <= start + count <= self.total_tokens, "the range lies within the stream"
+        parts = []
+        place = int(np.searchsorted(self._file_starts, start, side="right")) - 1
+        while count > 0:
+            file = self._files[place]
+            part = np.asarray(file.tokens[start - file.start : start - file.start + count])
+            if part.max() >= self.vocab_size:
+                raise DataError(f"{file.path}: token id {part.max()} in a vocabulary of {self.vocab_size}")
+            parts.append(part)
+            start, count, place = start + len(part), count - len(part), place + 1
+        return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, np.uint32)
+
+    def require_tokenizer(self, tokenizer_hash: str) -> None:
+        """DataError unless these shards were made by the tokenizer of that hash."""
+        if tokenizer_hash != self.tokenizer_hash:
+            raise DataError(
+                f"{self.folder}: made with another tokenizer ({self.tokenizer_hash[:12]}, not {tokenizer_hash[:12]})",
+                hint="prepare the data again with this tokenizer",
+            )
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}") from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise DataError(f"{path}: not a shard index of format {FORMAT}")
+    numbers = ("vocab_size", "end_of_document", "total_tokens", "documents")
+    entries = index.get("files")
+    sound = (
+        all(isinstance(index.get(name), int) and index[name] >= 0 for name in numbers)
+        and index.get("dtype") in ("<u2", "<u4")
+        and isinstance(index.get("tokenizer_hash"), str)
+        and isinstance(entries, list)
+        and all(isinstance(e, dict) and isinstance(e.get("tokens"), int) and e["tokens"] > 0 for e in entries)
+    )
+    if not sound:
+        raise DataError(f"{path}: damaged shard index")
+    expected = [f"tokens-{number:05d}.bin" for number in range(len(index["files"]))]
+    if [entry.get("name") for entry in index["files"]] != expected:
+        raise DataError(f"{path}: unexpected file names")
+    return index
+
+
+def _read_bounds(path: Path, index: dict[str, Any]) -> np.ndarray:
+    try:
+        bounds: np.ndarray = np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: missing") from error
+    except (ValueError, EOFError, OSError) as error:
+        raise DataError(f"{path}: truncated or damaged: {error}") from error
+    if bounds.dtype != np.int64 or bounds.shape != (index["documents"] + 1,):
+        raise DataError(f"{path}: expected {index['documents'] + 1} document bounds")
+    if bounds[0] != 0 or bounds[-1] != index["total_tokens"] or (np.diff(bounds) <= 0).any():
+        raise DataError(f"{path}: document bounds do not match the tokens")
+    return bounds

@@ -1,0 +1,201 @@
+"""Our model as an lm-eval `LM`, in process: `simple_evaluate(GlmctlLM(model, template=...), ...)`, or by name as
+`simple_evaluate(model="glmctl", model_args="pretrained=FOLDER")` once this module is imported.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from glmctl import console
+from glmctl.data.chat import ChatTemplate
+from glmctl.data.tokenizer import END_OF_TEXT
+from glmctl.engine.engine import Engine
+from glmctl.engine.request import SamplingParams
+from glmctl.errors import GlmctlError, unknown
+from glmctl.evaluation.generation import Job, generate_texts
+from glmctl.evaluation.likelihood import score_continuations
+from glmctl.model.folder import load_model
+from glmctl.model.network import GlmMoe
+from glmctl.run.directory import resolve_model
+
+Pair = tuple[tuple[str, str], list[int], list[int]]
+
+SAMPLING_KWARGS = ("temperature", "top_p", "top_k", "min_p")
+HANDLED_KWARGS = ("do_sample", "until", "max_gen_toks", "seed")
+
+
+@register_model("glmctl")
+class GlmctlLM(TemplateLM):
+    """Likelihoods by right-padded batches, generation by the engine, chat by the model's own template.
+
+    pretrained: a loaded model (then `template` is needed), a model folder or a run directory. `batch_size` and
+    `max_batch_size`, which lm-eval passes to every model, are ignored: `batch_tokens` bounds a forward, `max_slots`
+    the requests that generate at once. Raises RecipeError or DataError for a missing or damaged folder.
+    """
+
+    def __init__(
+        self,
+        pretrained: GlmMoe | Path | str,
+        *,
+        template: ChatTemplate | None = None,
+        device: str | None = None,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        batch_tokens: int = 8192,
+        max_slots: int = 64,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        enable_thinking: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.name = "in memory"
+        if isinstance(pretrained, GlmMoe):
+            if template is None:
+                raise ValueError("a model in memory is evaluated with its chat template")
+            self.model = pretrained
+        else:
+            folder = resolve_model(pretrained)
+            self.name = str(pretrained)
+            self.model, template = load_model(folder, device=device or "cpu"), template or ChatTemplate.load(folder)
+        self.template = template
+        self.tokenizer = template.tokenizer
+        self.batch_tokens, self.max_slots, self.seed = batch_tokens, max_slots, seed
+        self.enable_thinking = enable_thinking
+        self.max_length = max_length or self.model.config.max_position_embeddings
+        self.max_gen_toks = max_gen_toks
+
+    # ------------------------------------------------------------------ tokens and templates
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id of `<|endoftext|>`; also what an empty context stands for."""
+        return self.tokenizer.id(END_OF_TEXT)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names tokenizer and template for lm-eval's request cache."""
+        return f"glmctl-{self.tokenizer.hash[:16]}-{'think' if self.enable_thinking else 'nothink'}"
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids; special strings become their tokens, and nothing is added (GLM's tokenizer adds nothing)."""
+        return self.tokenizer.encode(string)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The history as text. Without the generation prompt it ends inside the last message, ready to go on."""
+        return self.template.render(
+            chat_history, add_generation_prompt=add_generation_prompt, enable_thinking=self.enable_thinking
+        )
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template's Jinja source, for the record."""
+        return self.template.source if chat_template else None
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval writes into the `config` of its results."""
+        return {
+            "model_num_parameters": sum(p.numel() for p in self.model.parameters()),
+            "model_dtype": str(self.model.dtype),
+            "model_args": {"pretrained": self.name},
+        }
+
+    # ------------------------------------------------------------------ likelihood
+
+    def _loglikelihood_tokens(self, requests: list[Pair], **kwargs: Any) -> list[tuple[float, bool]]:
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        scores = score_continuations(
+            self.model, pairs, max_length=self.max_length, batch_tokens=self.batch_tokens
+        )
+        for (text, _, _), score in zip(requests, scores, strict=True):
+            if text is not None:
+                self.cache_hook.add_partial("loglikelihood", text, score)
+        return scores
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """(log-likelihood in nats, is greedy) of each (context, continuation)."""
+        result: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return result
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """Log-likelihood in nats of each whole text after `<|endoftext|>`: every token is scored once, in windows of
+        the model's context.
+        """
+        windows: list[tuple[list[int], list[int]]] = []
+        owners: list[int] = []
+        for index, request in enumerate(requests):
+            (text,) = request.args
+            pairs = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for pair in pairs:
+                windows.append(make_disjoint_window(pair))
+                owners.append(index)
+        totals = [0.0] * len(requests)
+        scores = score_continuations(
+            self.model, windows, max_length=self.max_length, batch_tokens=self.batch_tokens
+        )
+        for index, (logprob, _) in zip(owners, scores, strict=True):
+            totals[index] += logprob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    # ------------------------------------------------------------------ generation
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """What the model writes after each context, up to a stop string, an end token or `max_gen_toks`.
+
+        Greedy unless the task's `do_sample` or `temperature` says otherwise. Sampled requests draw from their own
+        streams, seeded by their place, so results do not depend on batching. Contexts that leave no room are cut
+        from the left, as lm-eval does.
+        """
+        jobs = [self._job(place, *request.args) for place, request in enumerate(requests)]
+        if not jobs:
+            return []
+        longest = max(len(job.prompt) + job.params.max_tokens for job in jobs)
+        engine = Engine(
+            self.model, max_slots=min(self.max_slots, len(jobs)), max_length=max(min(longest, self.max_length), 2)
+        )
+        texts = generate_texts(engine, self.tokenizer, jobs)
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts
+
+    def _job(self, place: int, context: str, gen_kwargs: dict[str, Any]) -> Job:
+        kwargs = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
+        for key in kwargs:
+            if key not in (*SAMPLING_KWARGS, *HANDLED_KWARGS):
+                raise unknown("generation argument", key, [*SAMPLING_KWARGS, *HANDLED_KWARGS])
+        most = int(kwargs["max_gen_toks"])
+        room = self.max_length - most
+        if room <= 0:
+            raise GlmctlError(f"max_gen_toks {most} leaves no room in the context of {self.max_length}")
+        prompt = self.tok_encode(context)
+        if len(prompt) > room:
+            console.warn(f"a prompt of {len(prompt)} tokens is cut to its last {room}")
+        temperature = float(kwargs.get("temperature", 1.0)) if kwargs["do_sample"] else 0.0
+        params = SamplingParams(
+            max_tokens=most,
+            temperature=temperature,
+            top_p=float(kwargs.get("top_p", 1.0)),
+            top_k=int(kwargs.get("top_k", 0)),
+            min_p=float(kwargs.get("min_p", 0.0)),
+            stop_ids=self.tokenizer.eos_ids,
+            seed=int(kwargs.get("seed", self.seed)) + place,
+        )
+        return Job(prompt[-room:] or [self.eot_token_id], params, tuple(kwargs["until"]))

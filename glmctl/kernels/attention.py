@@ -1,0 +1,189 @@
+"""Grouped-query attention in its three situations: whole rows, packed documents, and a cache.
+
+Scores are q k / sqrt(d), query head h reads key-value head h // (H / K) (Ainslie et al. 2023). All functions
+take q [B, T, H, d] and k, v [B, T, K, d], so that the projections' outputs are used without a copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from glmctl.kernels.registry import op, variant
+
+
+def causal_attention(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+    """Every position sees itself and all earlier ones of its row. Returns [B, T, H, d]."""
+    out_BHTd = F.scaled_dot_product_attention(
+        q_BTHd.transpose(1, 2),
+        k_BTKd.transpose(1, 2),
+        v_BTKd.transpose(1, 2),
+        is_causal=True,
+        enable_gqa=q_BTHd.shape[2] != k_BTKd.shape[2],
+    )
+    return out_BHTd.transpose(1, 2)
+
+
+class Bucket(NamedTuple):
+    """Documents of about one length, to be attended together as a padded batch."""
+
+    documents: int
+    length: int
+    """every document's length after padding"""
+
+
+class Segments(NamedTuple):
+    """Where the documents of a packed batch lie; built once per forward, used by every layer.
+
+    A document is a run of one id within a row. Padding (id -1) belongs to none: its output is zero.
+    """
+
+    buckets: list[Bucket]
+    source_P: Tensor
+    """flat token (b T + t) that fills each padded place; places beyond a document's end repeat its first token"""
+    place_N: Tensor
+    """padded place of each flat token; padding points at the extra zero row after the last place"""
+    documents_BT: Tensor
+
+
+def find_segments(documents_BT: Tensor) -> Segments:
+    """Group the documents of a batch (ids [B, T], -1 = padding) into buckets of similar length."""
+    B, T = documents_BT.shape
+    ids = documents_BT.cpu()
+    starts_BT = torch.ones(B, T, dtype=torch.bool)
+    starts_BT[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    start = starts_BT.flatten().nonzero().squeeze(1)
+    length = torch.diff(start, append=torch.tensor([B * T]))
+    real = ids.flatten()[start] >= 0
+    start, length = start[real], length[real]
+    padded = torch.tensor([_round_up(n) for n in length.tolist()], dtype=torch.int64).clamp(max=T)
+    buckets: list[Bucket] = []
+    sources, places = [], torch.full((B * T,), -1, dtype=torch.int64)
+    offset = 0
+    for size in padded.unique().tolist():
+        mine = (padded == size).nonzero().squeeze(1)
+        within = torch.arange(size).expand(len(mine), size)
+        inside = within < length[mine, None]
+        source = start[mine, None] + torch.where(inside, within, 0)
+        places[source[inside]] = offset + torch.arange(source.numel()).view_as(source)[inside]
+        sources.append(source.flatten())
+        buckets.append(Bucket(len(mine), size))
+        offset += source.numel()
+    places[places < 0] = offset
+    source_P = torch.cat(sources) if sources else torch.zeros(0, dtype=torch.int64)
+    device = documents_BT.device
+    return Segments(buckets, source_P.to(device), places.to(device), documents_BT)
+
+
+def _round_up(length: int) -> int:
+    """The next size in 16, 24, 32, 48, 64, 96, ...: at most a third of a bucket is padding."""
+    size = 16
+    while size < length:
+        if size * 3 // 2 >= length:
+            return size * 3 // 2
+        size *= 2
+    return size
+
+
+def document_attention(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, segments: Segments) -> Tensor:
+    """Causal attention that never crosses a document. Returns [B, T, H, d]; zero at padding."""
+    result: Tensor = op("attention", q_BTHd.device.type, q_BTHd.dtype)(q_BTHd, k_BTKd, v_BTKd, segments)
+    return result
+
+
+@variant("attention", "reference")
+def masked(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, segments: Segments) -> Tensor:
+    """The definition: softmax over the allowed scores of the whole row."""
+    ids = segments.documents_BT
+    B, T, H, d = q_BTHd.shape
+    starts = torch.ones_like(ids, dtype=torch.bool)
+    starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    run_BT = starts.cumsum(1)
+    allowed_BTT = (run_BT[:, :, None] == run_BT[:, None, :]) & torch.ones(T, T, device=ids.device).tril().bool()
+    group = H // k_BTKd.shape[2]
+    k_BTHd, v_BTHd = k_BTKd.repeat_interleave(group, dim=2), v_BTKd.repeat_interleave(group, dim=2)
+    scores = torch.einsum("bthd,bshd->bhts", q_BTHd, k_BTHd) * d**-0.5
+    weights = scores.masked_fill(~allowed_BTT[:, None], float("-inf")).softmax(-1)
+    out = torch.einsum("bhts,bshd->bthd", weights, v_BTHd)
+    return out * (ids >= 0)[..., None, None]
+
+
+@variant("attention", "buckets", devices=("cpu", "cuda"))
+def in_buckets(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, segments: Segments) -> Tensor:
+    """Documents gathered into padded batches of similar length, each plainly causal: no mask, no wasted rows.
+
+    Padding lies behind a document's end, where causality hides it. The work is proportional to the sum of
+    squared document lengths instead of B T^2.
+    """
+    B, T, H, d = q_BTHd.shape
+    padded = [_regroup(x.reshape(B * T, -1), segments) for x in (q_BTHd, k_BTKd, v_BTKd)]
+    parts, offset = [], 0
+    for count, length in segments.buckets:
+        rows = slice(offset, offset + count * length)
+        q, k, v = (x[rows].view(count, length, -1, d) for x in padded)
+        parts.append(causal_attention(q, k, v).reshape(count * length, H * d))
+        offset += count * length
+    out: Tensor = _Ungroup.apply(torch.cat(parts) if parts else padded[0], segments.source_P, segments.place_N)  # type: ignore[no-untyped-call]
+    return out.view(B, T, H, d)
+
+
+def _regroup(x_NW: Tensor, segments: Segments) -> Tensor:
+    result: Tensor = _Regroup.apply(x_NW, segments.source_P, segments.place_N)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _gather_or_zero(x_PW: Tensor, place_N: Tensor) -> Tensor:
+    """Rows of x by place; the place after the last is a row of zeros."""
+    return torch.cat([x_PW, x_PW.new_zeros(1, x_PW.shape[1])]).index_select(0, place_N)
+
+
+class _Regroup(torch.autograd.Function):
+    """Flat tokens to padded places. Its backward is a gather too, so nothing is added up in a random order."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NW: Tensor, source_P: Tensor, place_N: Tensor) -> Tensor:
+        ctx.save_for_backward(place_N)
+        return x_NW.index_select(0, source_P)
+
+    @staticmethod
+    def backward(ctx: Any, grad_PW: Tensor) -> tuple[Tensor, None, None]:
+        (place_N,) = ctx.saved_tensors
+        return _gather_or_zero(grad_PW, place_N), None, None
+
+
+class _Ungroup(torch.autograd.Function):
+    """Padded places back to flat tokens; places beyond a document's end get no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x_PW: Tensor, source_P: Tensor, place_N: Tensor) -> Tensor:
+        ctx.save_for_backward(source_P, place_N)
+        return _gather_or_zero(x_PW, place_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NW: Tensor) -> tuple[Tensor, None, None]:
+        source_P, place_N = ctx.saved_tensors
+        real = torch.zeros(source_P.numel() + 1, dtype=torch.bool, device=source_P.device)
+        real[place_N] = True
+        return grad_NW.index_select(0, source_P).mul_(real[:-1, None]), None, None
+
+
+def cached_attention(q_BTHd: Tensor, k_BKJd: Tensor, v_BKJd: Tensor, hidden_BTJ: Tensor | None) -> Tensor:
+    """Queries over cached keys. Returns [B, T, H, d].
+
+    k, v [B, K, J, d] are the first J places of the cache; hidden_BTJ (bool) is True where a place must not be
+    seen (None = all are seen). The query group of each key-value head becomes part of the query length, so keys and
+    values are read once and never repeated.
+    """
+    B, T, H, d = q_BTHd.shape
+    K = k_BKJd.shape[1]
+    group = H // K
+    q_BKQd = q_BTHd.view(B, T, K, group, d).permute(0, 2, 3, 1, 4).reshape(B, K, group * T, d)
+    scores = torch.matmul(q_BKQd * d**-0.5, k_BKJd.mT)
+    if hidden_BTJ is not None:
+        scores.view(B, K, group, T, -1).masked_fill_(hidden_BTJ[:, None, None], float("-inf"))
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q_BTHd.dtype)
+    out = torch.matmul(weights, v_BKJd)
+    return out.view(B, K, group, T, d).permute(0, 3, 1, 2, 4).reshape(B, T, H, d)

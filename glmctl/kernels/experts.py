@@ -1,0 +1,171 @@
+"""Routed SwiGLU experts: y = sum_k w_k down_e(silu(gate_e x) * up_e x) for the k experts of each token."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from glmctl.kernels.registry import op, variant
+
+ALL_EXPERTS_BYTES = 8 << 20
+"""Below this much work space it is cheaper to send every token through every expert in two batched products
+than to sort tokens by expert (few tokens, few experts: decoding a small model)."""
+
+
+def experts(x_ND: Tensor, index_NK: Tensor, weight_NK: Tensor, gate_up_EGD: Tensor, down_EDI: Tensor) -> Tensor:
+    """Send each token through its experts and add up the results, weighted.
+
+    x [N, D]; index [N, k] int64, distinct in a row; weight [N, k]; gate_up [E, 2I, D] (gate first);
+    down [E, D, I]. Returns [N, D] in the dtype of x. Differentiable in x, weight, gate_up and down, once.
+    Deterministic: nothing is accumulated in an order that can change.
+    """
+    device = x_ND.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x_ND, gate_up_EGD, down_EDI = x_ND.to(dtype), gate_up_EGD.to(dtype), down_EDI.to(dtype)
+    result: Tensor = op("experts", device, x_ND.dtype)(
+        x_ND, index_NK, weight_NK.to(x_ND.dtype), gate_up_EGD, down_EDI
+    )
+    return result
+
+
+@variant("experts", "reference")
+def reference(x_ND: Tensor, index_NK: Tensor, weight_NK: Tensor, gate_up_EGD: Tensor, down_EDI: Tensor) -> Tensor:
+    """The definition: every expert on every token, weight zero where it was not chosen."""
+    dense_NE = torch.zeros(x_ND.shape[0], gate_up_EGD.shape[0], dtype=x_ND.dtype, device=x_ND.device)
+    dense_NE = dense_NE.scatter(1, index_NK, weight_NK)
+    gate, up = torch.einsum("nd,egd->neg", x_ND, gate_up_EGD).chunk(2, dim=-1)
+    hidden_NEI = F.silu(gate) * up * dense_NE.unsqueeze(-1)
+    return torch.einsum("nei,edi->nd", hidden_NEI, down_EDI)
+
+
+@variant("experts", "sorted", devices=("cpu", "cuda"))
+def by_expert(x_ND: Tensor, index_NK: Tensor, weight_NK: Tensor, gate_up_EGD: Tensor, down_EDI: Tensor) -> Tensor:
+    """Tokens sorted by expert, one matrix product for each contiguous run, in one autograd node.
+
+    The routing weight is applied to the expert's intermediate, which is narrower than its output and makes
+    the unweighted output unnecessary in the backward.
+    """
+    inputs = (x_ND, weight_NK, gate_up_EGD, down_EDI)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        result: Tensor = _Experts.apply(x_ND, index_NK, weight_NK, gate_up_EGD, down_EDI)  # type: ignore[no-untyped-call]
+        return result
+    n_tokens, (n_experts, gate_up_width, _) = x_ND.shape[0], gate_up_EGD.shape
+    if n_tokens * n_experts * gate_up_width * x_ND.element_size() <= ALL_EXPERTS_BYTES // 64:
+        return _through_all(x_ND, index_NK, weight_NK, gate_up_EGD, down_EDI)
+    order = _sort(index_NK, n_experts)
+    return _forward(x_ND, order, weight_NK, gate_up_EGD, down_EDI)[0]
+
+
+def _through_all(x_ND: Tensor, index_NK: Tensor, weight_NK: Tensor, gate_up_EGD: Tensor, down_EDI: Tensor) -> Tensor:
+    dense_NE = torch.zeros(x_ND.shape[0], gate_up_EGD.shape[0], dtype=x_ND.dtype, device=x_ND.device)
+    dense_NE.scatter_(1, index_NK, weight_NK)
+    gate_up_ENG = torch.matmul(x_ND, gate_up_EGD.mT)
+    gate, up = gate_up_ENG.chunk(2, dim=-1)
+    hidden_ENI = F.silu(gate).mul_(up).mul_(dense_NE.t().unsqueeze(-1))
+    return torch.bmm(hidden_ENI, down_EDI.mT).sum(0)
+
+
+class _Order(NamedTuple):
+    """Assignments (token, choice) sorted by expert; S = N k of them."""
+
+    token_S: Tensor
+    """token of each sorted assignment"""
+    slot_S: Tensor
+    """sorted place -> place in the flattened [N, k]"""
+    place_NK: Tensor
+    """place in the flattened [N, k] -> sorted place"""
+    runs: list[tuple[int, int, int]]
+    """(expert, first, last + 1) of each expert that has tokens"""
+
+
+def _sort(index_NK: Tensor, n_experts: int) -> _Order:
+    flat = index_NK.reshape(-1)
+    slot_S = torch.argsort(flat, stable=True)
+    place = torch.empty_like(slot_S)
+    place[slot_S] = torch.arange(slot_S.numel(), device=flat.device)
+    ends = torch.bincount(flat, minlength=n_experts).cumsum(0).tolist()
+    runs = [(e, a, b) for e, (a, b) in enumerate(zip([0, *ends], ends, strict=False)) if b > a]
+    return _Order(slot_S // index_NK.shape[1], slot_S, place, runs)
+
+
+def _combine(rows_SD: Tensor, order: _Order, top_k: int) -> Tensor:
+    """Sum the k rows of each token: [S, D] -> [N, D]."""
+    place_NK = order.place_NK.view(-1, top_k)
+    total = rows_SD.index_select(0, place_NK[:, 0])
+    for k in range(1, top_k):
+        total += rows_SD.index_select(0, place_NK[:, k])
+    return total
+
+
+def _forward(
+    x_ND: Tensor, order: _Order, weight_NK: Tensor, gate_up_EGD: Tensor, down_EDI: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns y [N, D] and what the backward needs: sorted inputs, gate and up, sorted weights."""
+    x_SD = x_ND.index_select(0, order.token_S)
+    gate_up_SG = x_ND.new_empty(x_SD.shape[0], gate_up_EGD.shape[1])
+    for e, a, b in order.runs:
+        torch.mm(x_SD[a:b], gate_up_EGD[e].t(), out=gate_up_SG[a:b])
+    weight_S1 = weight_NK.reshape(-1).index_select(0, order.slot_S).unsqueeze(1)
+    gate, up = gate_up_SG.chunk(2, dim=-1)
+    hidden_SI = F.silu(gate).mul_(up).mul_(weight_S1)
+    out_SD = torch.empty_like(x_SD)
+    for e, a, b in order.runs:
+        torch.mm(hidden_SI[a:b], down_EDI[e].t(), out=out_SD[a:b])
+    return _combine(out_SD, order, weight_NK.shape[1]), x_SD, gate_up_SG, weight_S1
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, index_NK: Tensor, weight_NK: Tensor, gate_up_EGD: Tensor, down_EDI: Tensor
+    ) -> Tensor:
+        order = _sort(index_NK, gate_up_EGD.shape[0])
+        out, x_SD, gate_up_SG, weight_S1 = _forward(x_ND, order, weight_NK, gate_up_EGD, down_EDI)
+        ctx.save_for_backward(x_SD, gate_up_SG, weight_S1, gate_up_EGD, down_EDI)
+        ctx.order, ctx.top_k = order, index_NK.shape[1]
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, Tensor, Tensor, Tensor]:
+        x_SD, gate_up_SG, weight_S1, gate_up_EGD, down_EDI = ctx.saved_tensors
+        order: _Order = ctx.order
+        gate, up = gate_up_SG.chunk(2, dim=-1)
+        silu_SI = F.silu(gate)
+        hidden_SI = silu_SI * up
+        weighted_SI = hidden_SI * weight_S1
+        grad_SD = grad_ND.index_select(0, order.token_S)
+        grad_hidden_SI = torch.empty_like(hidden_SI)
+        grad_down_EDI = _like_weights(down_EDI, order)
+        for e, a, b in order.runs:
+            torch.mm(grad_SD[a:b], down_EDI[e], out=grad_hidden_SI[a:b])
+            torch.mm(grad_SD[a:b].t(), weighted_SI[a:b], out=grad_down_EDI[e])
+        grad_weight = hidden_SI.mul_(grad_hidden_SI).sum(-1).index_select(0, order.place_NK)
+        grad_hidden_SI.mul_(weight_S1)
+        grad_gate_up_SG = torch.empty_like(gate_up_SG)
+        grad_gate, grad_up = grad_gate_up_SG.chunk(2, dim=-1)
+        torch.mul(grad_hidden_SI, silu_SI, out=grad_up)
+        grad_hidden_SI.mul_(up)
+        torch.ops.aten.silu_backward.grad_input(grad_hidden_SI, gate, grad_input=grad_gate)
+        grad_x_SD = grad_SD  # its memory is free now
+        grad_gate_up_EGD = _like_weights(gate_up_EGD, order)
+        for e, a, b in order.runs:
+            torch.mm(grad_gate_up_SG[a:b], gate_up_EGD[e], out=grad_x_SD[a:b])
+            torch.mm(grad_gate_up_SG[a:b].t(), x_SD[a:b], out=grad_gate_up_EGD[e])
+        grad_x = _combine(grad_x_SD, order, ctx.top_k)
+        return grad_x, None, grad_weight.view(-1, ctx.top_k), grad_gate_up_EGD, grad_down_EDI
+
+
+def _like_weights(weights: Tensor, order: _Order) -> Tensor:
+    """Room for the gradient of stacked weights; zero for experts that saw no token."""
+    grad = torch.empty_like(weights)
+    if len(order.runs) < weights.shape[0]:
+        busy = {e for e, _, _ in order.runs}
+        for e in range(weights.shape[0]):
+            if e not in busy:
+                grad[e].zero_()
+    return grad

@@ -1,0 +1,262 @@
+"""A model folder in Hugging Face's layout: `config.json` and safetensors shards with one tensor per expert."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from glmctl.errors import DataError, nearest
+from glmctl.model.config import ModelConfig
+from glmctl.model.network import GlmMoe
+from glmctl.model.tensor_file import MAX_HEADER_BYTES, TensorFile, write_tensors
+from glmctl.model.weights import Entry, entries
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+_FIXED = {"hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "qk_layernorm": None}
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """Read `config.json`. Raises DataError when it is absent, unreadable, or of another architecture."""
+    body = _read_json(folder / "config.json", "a model folder has a config.json")
+    path = folder / "config.json"
+    if body.get("model_type") != "glm4_moe":
+        raise DataError(f"{path}: model_type is {body.get('model_type')!r}, expected 'glm4_moe'")
+    for key in ("hidden_act", "scoring_func", "topk_method"):
+        if key in body and body[key] != _FIXED[key]:
+            raise DataError(f"{path}: {key} is {body[key]!r}; only {_FIXED[key]!r} is supported")
+    rope = body.get("rope_scaling") or body.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    if kind != "default":
+        raise DataError(f"{path}: RoPE scaling {kind!r} is not supported")
+    if body.get("quantization_config"):
+        raise DataError(f"{path}: quantised weights are not supported")
+    try:
+        return ModelConfig.from_hf(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{path}: {where + ': ' if where else ''}{first['msg']}") from error
+
+
+def load_model(
+    folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> GlmMoe:
+    """Build the model of a folder and fill it.
+
+    dtype None keeps the files' dtype (the widest, where they mix). Router biases are always fp32. The MTP layer's
+    repetitions of embedding and head may be absent, and must equal the originals where present. Raises DataError
+    naming the file and the tensor when one is missing, unknown, of the wrong shape, repeated or cut off.
+    """
+    folder = Path(folder)
+    config = load_config(folder)
+    files = open_tensors(folder)
+    wanted = {entry.disk: entry for entry in entries(config)}
+    _check_names(folder, wanted, files)
+    for name, entry in wanted.items():
+        if name in files and files[name].slots[name].shape != entry.shape:
+            raise DataError(
+                f"{files[name].path}: tensor '{name}' has shape {list(files[name].slots[name].shape)}, "
+                f"config.json asks for {list(entry.shape)}"
+            )
+    if dtype is None:
+        dtype = _common_dtype(wanted, files)
+    model = GlmMoe(config, device="meta", dtype=dtype)
+    model.to_empty(device=device)
+    state = dict(model.state_dict())
+    for name, entry in wanted.items():
+        if not entry.copy:
+            entry.view(state[entry.memory]).copy_(files[name].read(name))
+    _check_copies(wanted, files)
+    model.stores_mtp_copies = any(entry.copy and name in files for name, entry in wanted.items())
+    return model
+
+
+def save_model(
+    model: GlmMoe,
+    folder: Path | str,
+    *,
+    tokenizer_folder: Path | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: float = 5e9,
+) -> list[Path]:
+    """Write a folder that `load_model`, transformers, vLLM and SGLang read. Returns the files written.
+
+    The folder is created; publishing it atomically is the caller's part. dtype None keeps each tensor's own;
+    router biases stay fp32. A single shard is called model.safetensors, several come with an index. The MTP layer is
+    layer `num_hidden_layers`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    named = dtype or model.dtype
+    config = model.config.to_hf(dtype=str(named).removeprefix("torch."))
+    written = [_write_json(folder / "config.json", config)]
+    generation: dict[str, Any] = {"_from_model_config": True, "eos_token_id": list(model.config.eos_token_id)}
+    if model.config.pad_token_id is not None:
+        generation["pad_token_id"] = model.config.pad_token_id
+    written.append(_write_json(folder / "generation_config.json", generation))
+    state = model.state_dict()
+    listed = [e for e in entries(model.config) if model.stores_mtp_copies or not e.copy]
+    shards = _split(listed, state, dtype, shard_bytes)
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(folder / name, ((e.disk, _cast(e, e.view(state[e.memory]), dtype)) for e in shard))
+        written.append(folder / name)
+        places.update((e.disk, name) for e in shard)
+    if len(shards) > 1:
+        total = sum(_nbytes(e, state[e.memory], dtype) for e in listed)
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        written.append(_write_json(folder / INDEX, index))
+    if tokenizer_folder is not None:
+        written += copy_tokenizer(tokenizer_folder, folder)
+    return written
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[Path]:
+    """Copy the tokenizer's files and the chat template, those that exist, into `target`."""
+    copied = []
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+            copied.append(target / name)
+    return copied
+
+
+def open_tensors(folder: Path) -> dict[str, TensorFile]:
+    """The file of each tensor in a folder, headers checked, by the tensor's name."""
+    index_path = folder / INDEX
+    if not index_path.exists():
+        if not (folder / SINGLE).exists():
+            raise DataError(f"{folder}: neither {SINGLE} nor {INDEX} is there")
+        only = TensorFile(folder / SINGLE)
+        return dict.fromkeys(only.slots, only)
+    places = _read_json(index_path, "").get("weight_map")
+    if not isinstance(places, dict):
+        raise DataError(f"{index_path}: no weight_map")
+    opened: dict[str, TensorFile] = {}
+    found: dict[str, TensorFile] = {}
+    for name, file_name in places.items():
+        if not _is_plain(file_name):
+            raise DataError(f"{index_path}: tensor '{name}' points to {file_name!r}, not a file name in the folder")
+        if file_name not in opened:
+            opened[file_name] = TensorFile(folder / file_name)
+        if name not in opened[file_name].slots:
+            raise DataError(f"{folder / file_name}: tensor '{name}' is missing, though {INDEX} promises it")
+        found[name] = opened[file_name]
+    for file in opened.values():
+        for name in file.slots:
+            if name not in found:
+                raise DataError(f"{file.path}: tensor '{name}' is not listed in {INDEX}")
+            if found[name] is not file:
+                raise DataError(f"{file.path}: tensor '{name}' is also in {found[name].path.name}")
+    return found
+
+
+def _is_plain(name: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and name.endswith(".safetensors")
+        and "\\" not in name
+        and "\0" not in name
+        and PurePosixPath(name).name == name
+    )
+
+
+def _check_names(folder: Path, wanted: Mapping[str, Entry], files: Mapping[str, TensorFile]) -> None:
+    missing = [name for name, entry in wanted.items() if name not in files and not entry.copy]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise DataError(f"{folder}: tensor '{missing[0]}' is missing{more}")
+    extra = [name for name in files if name not in wanted]
+    if extra:
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        match = nearest(extra[0], wanted)
+        hint = f"the closest expected name is '{match}'" if match else None
+        raise DataError(f"{files[extra[0]].path}: tensor '{extra[0]}' is not part of this model{more}", hint=hint)
+
+
+def _check_copies(wanted: Mapping[str, Entry], files: Mapping[str, TensorFile]) -> None:
+    originals = {entry.memory: name for name, entry in wanted.items() if not entry.copy}
+    for name, entry in wanted.items():
+        if not entry.copy or name not in files:
+            continue
+        original = originals[entry.memory]
+        if not torch.equal(files[name].read(name), files[original].read(original)):
+            raise DataError(
+                f"{files[name].path}: tensor '{name}' differs from '{original}'; "
+                "the MTP layer shares embedding and head with the model"
+            )
+
+
+def _common_dtype(wanted: Mapping[str, Entry], files: Mapping[str, TensorFile]) -> torch.dtype:
+    result: torch.dtype | None = None
+    for name, entry in wanted.items():
+        if name not in files or entry.memory.endswith("e_score_correction_bias"):
+            continue
+        slot = files[name].slots[name]
+        if not slot.dtype.is_floating_point:
+            raise DataError(f"{files[name].path}: tensor '{name}' is {slot.dtype}, expected floating point")
+        result = slot.dtype if result is None else torch.promote_types(result, slot.dtype)
+    assert result is not None
+    return result
+
+
+def _target_dtype(entry: Entry, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    keep = dtype is None or entry.memory.endswith("e_score_correction_bias")
+    return tensor.dtype if keep or dtype is None else dtype
+
+
+def _cast(entry: Entry, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.detach().to(_target_dtype(entry, tensor, dtype))
+
+
+def _nbytes(entry: Entry, tensor: Tensor, dtype: torch.dtype | None) -> int:
+    count = 1
+    for n in entry.shape:
+        count *= n
+    return count * _target_dtype(entry, tensor, dtype).itemsize
+
+
+def _split(
+    listed: list[Entry], state: Mapping[str, Tensor], dtype: torch.dtype | None, shard_bytes: float
+) -> list[list[Entry]]:
+    """In order, each shard as full as fits; a tensor larger than `shard_bytes` gets a shard of its own."""
+    shards: list[list[Entry]] = [[]]
+    filled = 0
+    for entry in listed:
+        size = _nbytes(entry, state[entry.memory], dtype)
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += size
+    return shards
+
+
+def _read_json(path: Path, hint: str) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_HEADER_BYTES:
+            raise DataError(f"{path}: larger than {MAX_HEADER_BYTES} bytes")
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}", hint=hint or None) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise DataError(f"{path}: not a JSON object")
+    return body
+
+
+def _write_json(path: Path, body: dict[str, Any]) -> Path:
+    path.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+    return path

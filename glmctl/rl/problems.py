@@ -1,0 +1,48 @@
+"""Stage `problems`: generate verifiable problems, split them, and write scripted demonstrations."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from typing import Any
+
+from glmctl import console
+from glmctl.errors import RecipeError
+from glmctl.recipe.schema import ArithmeticTask, ProblemsRecipe
+from glmctl.rl.environment import Problem
+from glmctl.rl.seeds import derive_seed
+from glmctl.rl.tasks import arithmetic, demonstrate, tool_use
+from glmctl.run import atomic
+from glmctl.run.directory import Run
+
+
+def run(recipe: ProblemsRecipe, run: Run) -> dict[str, Any]:
+    """Write train.jsonl, heldout.jsonl (disjoint by prompt) and cold_start.jsonl into the run's export folder.
+
+    The same recipe writes the same bytes. Raises RecipeError when the task has too few different problems.
+    """
+    if recipe.cold_start > recipe.train:
+        raise RecipeError(f"cold_start ({recipe.cold_start}) exceeds train ({recipe.train}): it is drawn from it")
+    problems = generate(recipe)
+    heldout, train = problems[: recipe.heldout], problems[recipe.heldout :]
+    demonstrations = [demonstrate(problem).row() for problem in train[: recipe.cold_start]]
+    with atomic.publish(run.export) as folder:
+        atomic.write_text(folder / "train.jsonl", _lines(problem.to_row() for problem in train))
+        atomic.write_text(folder / "heldout.jsonl", _lines(problem.to_row() for problem in heldout))
+        atomic.write_text(folder / "cold_start.jsonl", _lines(demonstrations))
+    console.note(f"{recipe.task.type}: for example {train[0].prompt!r} -> {train[0].answer}")
+    return {"train": len(train), "heldout": len(heldout), "cold_start": len(demonstrations), "task": recipe.task.type}
+
+
+def generate(recipe: ProblemsRecipe) -> list[Problem]:
+    """Train + held-out problems with distinct prompts, a pure function of the recipe."""
+    rng = random.Random(derive_seed(recipe.seed, "problems", recipe.task.type))
+    count = recipe.train + recipe.heldout
+    if isinstance(recipe.task, ArithmeticTask):
+        return arithmetic.generate(recipe.task, count, rng)
+    return tool_use.generate(recipe.task, count, rng)
+
+
+def _lines(rows: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,0 +1,100 @@
+"""Many episodes at once through the engine's continuous batch, token for token as the model wrote them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from glmctl.data.chat import ChatTemplate
+from glmctl.engine.engine import Engine
+from glmctl.engine.request import Request, SamplingParams
+from glmctl.errors import EnvironmentProblem
+from glmctl.recipe.schema import Sampling
+from glmctl.rl.environment import Problem, StopReason
+from glmctl.rl.episode import Episode, Trajectory
+from glmctl.rl.seeds import derive_seed
+
+INFRASTRUCTURE_LIMIT = 0.2
+"""share of failed episodes above which a batch says more about the machine than about the model"""
+
+
+def rollout(
+    engine: Engine,
+    template: ChatTemplate,
+    problems: Sequence[Problem],
+    *,
+    samples: int,
+    sampling: Sampling,
+    seed: int,
+    max_turns: int,
+    enable_thinking: bool = True,
+) -> list[Trajectory]:
+    """`samples` episodes of each problem, all running concurrently; returned by problem, then by sample.
+
+    `sampling.max_tokens` bounds one turn. Every random draw is a function of (seed, id of the problem, sample, turn),
+    so a trajectory does not depend on what else is in the batch. An episode that its environment or the engine fails
+    comes back with reward None; more than a fifth of such episodes raise EnvironmentProblem.
+    """
+    running: dict[str, Episode] = {}
+    stop_ids = tuple(template.tokenizer.eos_ids)
+
+    def submit(episode: Episode) -> None:
+        """Ask the engine for the episode's next turn, unless the episode is over or the context is full."""
+        trajectory = episode.trajectory
+        room = engine.max_length - len(trajectory.tokens)
+        if not episode.done and room <= 0:
+            episode.truncate()
+        if episode.done:
+            return
+        turn = len(trajectory.versions)
+        params = SamplingParams(
+            max_tokens=min(sampling.max_tokens, room),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            stop_ids=stop_ids,
+            seed=derive_seed(seed, trajectory.problem_id, trajectory.sample, turn),
+        )
+        name = f"{trajectory.group}.{trajectory.sample}.{turn}"
+        running[name] = episode
+        engine.add(Request(name, list(trajectory.tokens), params))
+
+    episodes = []
+    prompts: dict[str, list[int]] = {}
+    asked: Counter[str] = Counter()
+    try:
+        for group, problem in enumerate(problems):
+            # a problem that occurs twice in a batch goes on with fresh samples, not with copies
+            first = asked[problem.id]
+            asked[problem.id] += samples
+            for sample in range(first, first + samples):
+                trajectory = Trajectory(problem.id, problem.task, group, sample, enable_thinking)
+                episodes.append(Episode(template, problem, trajectory, max_turns))
+                episodes[-1].start(prompts)
+                submit(episodes[-1])
+        while running:
+            for event in engine.step():
+                episode = running[event.id]
+                episode.push(event.token, event.logprob)
+                if event.finish_reason is not None:
+                    del running[event.id]
+                    episode.finish_turn(event.finish_reason, event.weight_version)
+                    submit(episode)
+    finally:
+        # only an exception leaves requests here; the engine may be shared and must not go on with them
+        for name in running:
+            engine.abort(name)
+    trajectories = [episode.trajectory for episode in episodes]
+    check_infrastructure(trajectories)
+    return trajectories
+
+
+def check_infrastructure(trajectories: Sequence[Trajectory]) -> None:
+    """Raise EnvironmentProblem when more than 20% of the episodes failed for reasons other than the model."""
+    failed = [one for one in trajectories if one.stop_reason is StopReason.INFRASTRUCTURE]
+    if len(failed) > INFRASTRUCTURE_LIMIT * len(trajectories):
+        raise EnvironmentProblem(
+            f"{len(failed)} of {len(trajectories)} rollouts failed in the environment or engine, "
+            f"first: {failed[0].problem_id}: {failed[0].detail}"
+        )

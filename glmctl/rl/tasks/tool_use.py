@@ -1,0 +1,190 @@
+"""Questions about a small shop whose books only the tools can read.
+
+Three kinds: `stock` (one call), `price` (one call, with an integer argument) and `local` (two calls: where somebody
+lives, then the stock there). What the tools return is a hash of the problem's own seed and the arguments, so no
+answer can be known, or learnt by heart, without calling. The reward is end to end (spec section 3.5): every call obeys
+the protocol, the calls that the question needs were made, and the final content is the number.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from glmctl.data.conversations import Conversation
+from glmctl.errors import DataError, RecipeError
+from glmctl.recipe.schema import ToolUseTask
+from glmctl.rl.environment import Environment, Message, Problem, StopReason, Tool, Transition, finished, tool_calls
+from glmctl.rl.seeds import derive_seed
+from glmctl.rl.tasks.arithmetic import parse_integer
+from glmctl.rl.tasks.function_calls import call_problem, end_to_end_reward, same_call
+
+_ITEMS = """
+pen cup map key book lamp hat bag box card rope bell coat desk door drum fish flag fork glass hammer ink kite leaf mask
+nail oil pipe ring rock salt seed shoe soap spoon stamp table tape tent tin tool toy vase watch wheel wire wood wool
+"""
+_CITIES = """
+Rome Oslo Paris Cairo Lima Bonn Bern Kyoto Delhi Quito Milan Seoul Tokyo Perth Boston Dallas Dublin Geneva Havana Lagos
+London Madrid Moscow Naples Prague Sydney Tunis Turin Vienna Warsaw York Zurich
+"""
+_NAMES = """
+Ann Bob Carl Dora Emil Fred Gina Hans Ida Jack Karl Lena Max Nora Otto Paul Rita Sam Tom Uma Vera Walt Yara Zoe
+"""
+ITEMS = tuple(_ITEMS.split())
+CITIES = tuple(_CITIES.split())
+NAMES = tuple(_NAMES.split())
+KINDS = {"stock": ("item", "city"), "price": ("item", "count"), "local": ("item", "name")}
+"""the kinds of question, and what the state of a problem holds for each"""
+MOST_PIECES = 1_000_000
+"""more than any question asks for; keeps a runaway argument from becoming a number nobody can print"""
+
+
+def _tool(name: str, /, **parameters: str) -> Tool:
+    schema = {
+        "type": "object",
+        "properties": {key: {"type": kind} for key, kind in parameters.items()},
+        "required": list(parameters),
+    }
+    return {"type": "function", "function": {"name": name, "parameters": schema}}
+
+
+# short on purpose: their JSON stands in every prompt
+TOOLS = [
+    _tool("stock", item="string", city="string"),
+    _tool("price", item="string", count="integer"),
+    _tool("home", name="string"),
+]
+
+
+class Shop:
+    """The state behind the tools: every value is a hash of the seed and the arguments."""
+
+    def __init__(self, seed: int, max_value: int) -> None:
+        self.seed, self.max_value = seed, max_value
+
+    def stock(self, item: str, city: str) -> str:
+        """Pieces of `item` in `city`, 0..max_value."""
+        if item not in ITEMS or city not in CITIES:
+            return "error: no such item or city"
+        return str(derive_seed(self.seed, "stock", item, city) % (self.max_value + 1))
+
+    def price(self, item: str, count: int) -> str:
+        """What `count` pieces cost: count times a unit price in 1..max_value."""
+        if item not in ITEMS or not 1 <= count <= MOST_PIECES:
+            return "error: no such item or count"
+        return str(count * (1 + derive_seed(self.seed, "price", item) % self.max_value))
+
+    def home(self, name: str) -> str:
+        """The city where `name` lives."""
+        if name not in NAMES:
+            return "error: no such name"
+        return CITIES[derive_seed(self.seed, "home", name) % len(CITIES)]
+
+    def run(self, call: dict[str, Any]) -> str:
+        """The result of a call that `call_problem` has found in order."""
+        tool = {"stock": self.stock, "price": self.price, "home": self.home}[call["name"]]
+        return str(tool(**call["arguments"]))  # type: ignore[operator]
+
+
+def generate(spec: ToolUseTask, count: int, rng: random.Random) -> list[Problem]:
+    """`count` problems with distinct prompts, the three kinds about equally often.
+
+    Raises RecipeError when more are asked for than the shop can tell apart.
+    """
+    most = len(ITEMS) * (len(CITIES) + len(NAMES) + max(spec.max_value - 1, 0))
+    if count > most // 2:
+        raise RecipeError(f"task: at most {most // 2} tool_use problems with max_value {spec.max_value}, not {count}")
+    prompts: dict[str, Problem] = {}
+    while len(prompts) < count:
+        problem = _draw(spec, rng)
+        prompts.setdefault(problem.prompt, problem)
+    return list(prompts.values())
+
+
+def demonstrate(problem: Problem) -> Conversation:
+    """The scripted solution: the calls one after another, each with a word of reasoning, then the number."""
+    shop = _shop(problem)
+    messages: list[Message] = [{"role": "user", "content": problem.prompt}]
+    result = ""
+    for call in expected_calls(problem):
+        reasoning = f"{result}, {call['name']}" if result else str(call["name"])
+        turn = {"role": "assistant", "reasoning_content": reasoning, "content": ""}
+        messages.append({**turn, "tool_calls": [{"type": "function", "function": call}]})
+        result = shop.run(call)
+        messages.append({"role": "tool", "content": result})
+    messages.append({"role": "assistant", "reasoning_content": f"{result}, done", "content": result})
+    return Conversation(messages=messages, tools=TOOLS)
+
+
+def environment(problem: Problem) -> Environment:
+    """The shop, its tools and the question."""
+    return ToolUseEnvironment(problem)
+
+
+class ToolUseEnvironment:
+    """Executes calls; ends on a call that breaks the protocol (reward 0) or on the final answer."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.shop = _shop(problem)
+        self.made: list[dict[str, Any]] = []
+
+    def reset(self) -> tuple[list[Message], list[Tool] | None]:
+        self.made = []
+        return [{"role": "user", "content": self.problem.prompt}], TOOLS
+
+    def step(self, message: Message) -> Transition:
+        calls = tool_calls(message)
+        if not calls:
+            return self._judge(str(message.get("content") or ""))
+        for call in calls:
+            problem = call_problem(call, TOOLS)
+            if problem:
+                return finished(0.0, StopReason.MALFORMED, problem=problem)
+        self.made += calls
+        return Transition([{"role": "tool", "content": self.shop.run(call)} for call in calls], None, False)
+
+    def _judge(self, content: str) -> Transition:
+        # every call was checked when it was made, so the format part holds by construction
+        looked_up = all(any(same_call(made, call) for made in self.made) for call in expected_calls(self.problem))
+        right = parse_integer(content) == self.problem.answer
+        reward = end_to_end_reward([True] * len(self.made), looked_up and right)
+        return finished(reward, StopReason.ANSWERED, looked_up=looked_up)
+
+
+def expected_calls(problem: Problem) -> list[dict[str, Any]]:
+    """The calls `{name, arguments}` that the question needs, in order."""
+    state, shop = problem.state, _shop(problem)
+    if state["kind"] == "price":
+        return [{"name": "price", "arguments": {"item": state["item"], "count": state["count"]}}]
+    if state["kind"] == "stock":
+        return [{"name": "stock", "arguments": {"item": state["item"], "city": state["city"]}}]
+    city = shop.home(state["name"])
+    return [
+        {"name": "home", "arguments": {"name": state["name"]}},
+        {"name": "stock", "arguments": {"item": state["item"], "city": city}},
+    ]
+
+
+def _shop(problem: Problem) -> Shop:
+    missing = {"seed", "max_value", "kind", *KINDS.get(problem.state.get("kind", ""), ())} - problem.state.keys()
+    if missing or problem.state["kind"] not in KINDS:
+        raise DataError(f"problem {problem.id}: 'state' is not of a tool_use problem: {dict(problem.state)}")
+    return Shop(problem.state["seed"], problem.state["max_value"])
+
+
+def _draw(spec: ToolUseTask, rng: random.Random) -> Problem:
+    kind, item = rng.choice(list(KINDS)), rng.choice(ITEMS)
+    state: dict[str, Any] = {"kind": kind, "item": item, "seed": rng.getrandbits(32), "max_value": spec.max_value}
+    if kind == "price":
+        state["count"] = rng.randint(2, max(2, spec.max_value))
+        prompt = f"Price of {state['count']} {item}?"
+    elif kind == "stock":
+        state["city"] = rng.choice(CITIES)
+        prompt = f"Stock of {item} in {state['city']}?"
+    else:
+        state["name"] = rng.choice(NAMES)
+        prompt = f"Stock of {item} near {state['name']}?"
+    unsolved = Problem(f"tool_use/{prompt}", "tool_use", prompt, 0, state)
+    answer = int(_shop(unsolved).run(expected_calls(unsolved)[-1]))
+    return Problem(unsolved.id, unsolved.task, prompt, answer, state)

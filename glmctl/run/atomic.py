@@ -1,0 +1,224 @@
+"""Files and folders that are either complete or not there, whatever kills the process.
+
+The order is always: write a temporary sibling, fsync it, rename it, fsync the folder. Folders carry a manifest with
+the size and SHA-256 of every file, so damage is found before anything is read.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from glmctl.errors import DataError, EnvironmentProblem
+
+MANIFEST = "manifest.json"
+
+_TEMPORARY = re.compile(r"^\.(?P<name>.+)\.(?P<kind>tmp|aside)-[0-9a-f]{12}$")
+_MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE}
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace the file `path` by `data` in one step. EnvironmentProblem when the disk is full or failing."""
+    temporary = _sibling(path, "tmp")
+    with machine_errors(path, needed=len(data)):
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _fsync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of indented JSON; NaN and infinity are refused (they are not JSON)."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def publish(folder: Path) -> Iterator[Path]:
+    """Yield an empty temporary sibling of `folder`; at the end give it a manifest and the name `folder`.
+
+    An existing `folder` is replaced. When the body raises, the temporary folder is removed and `folder` stays as
+    it was. A kill leaves at most a temporary entry for `remove_stale`.
+    """
+    temporary = _sibling(folder, "tmp")
+    with machine_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            _seal(temporary)
+            _replace_folder(temporary, folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def verify(folder: Path) -> None:
+    """Check every file against the folder's manifest. DataError names the first file that is missing or differs."""
+    for name, entry in read_manifest(folder).items():
+        path = folder / name
+        if not path.is_file():
+            raise DataError(f"{path}: missing, although the manifest lists it")
+        size = path.stat().st_size
+        if size != entry["size"]:
+            raise DataError(f"{path}: {size} bytes, the manifest says {entry['size']}")
+        if sha256_file(path) != entry["sha256"]:
+            raise DataError(f"{path}: damaged (SHA-256 differs from the manifest)")
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """`{file: {"size": bytes, "sha256": hex}}`; DataError when there is none or it is not one of ours."""
+    path = folder / MANIFEST
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        files: dict[str, dict[str, Any]] = document["files"]
+        body = {name: {"size": int(e["size"]), "sha256": str(e["sha256"])} for name, e in files.items()}
+        intact = document["sha256"] == _digest(body)
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing, the folder is not complete") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not a manifest ({error})") from error
+    if not intact:
+        raise DataError(f"{path}: damaged (its entries do not match its own SHA-256)")
+    for name in body:
+        if name.startswith("/") or "\0" in name or ".." in Path(name).parts:
+            raise DataError(f"{path}: lists a file outside the folder: {name!r}")
+    return body
+
+
+def remove_stale(parent: Path) -> int:
+    """Remove what a kill left half-written in `parent` and return how many entries went.
+
+    A folder that was moved aside for a replacement that never arrived is put back. Call it under the lock of
+    whoever writes here: a temporary entry of a living writer looks the same.
+    """
+    removed = 0
+    for entry in sorted(parent.iterdir()) if parent.is_dir() else []:
+        match = _TEMPORARY.match(entry.name)
+        if match is None:
+            continue
+        original = parent / match["name"]
+        if match["kind"] == "aside" and not original.exists():
+            os.rename(entry, original)
+        elif entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+        removed += 1
+    return removed
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of the file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path` (made if missing). EnvironmentProblem when another process has it."""
+    handle = acquire_lock(path)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def acquire_lock(path: Path) -> int:
+    """Lock `path` and return the open descriptor; closing it, or the end of the process, gives the lock back."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        raise EnvironmentProblem(
+            f"{path.parent}: in use by another process", hint="wait for it, or choose another folder with --run"
+        ) from None
+    return handle
+
+
+@contextmanager
+def machine_errors(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn a full, failing or read-only disk under `path` into EnvironmentProblem; other OSErrors pass through."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _MACHINE_ERRORS:
+            raise
+        place = error.filename or path
+        size = f" ({needed} bytes needed)" if needed is not None else ""
+        raise EnvironmentProblem(f"{place}: {os.strerror(error.errno or 0)}{size}") from error
+
+
+def _sibling(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}-{secrets.token_hex(6)}")
+
+
+def _seal(folder: Path) -> None:
+    """Flush every file to the disk and write the manifest, itself flushed last."""
+    entries: dict[str, dict[str, Any]] = {}
+    folders = {folder}
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            folders.add(path)
+            continue
+        _fsync_file(path)
+        entries[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+    entries.pop(MANIFEST, None)
+    document = {"version": 1, "files": entries, "sha256": _digest(entries)}
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _fsync_file(manifest)
+    for inner in sorted(folders, reverse=True):
+        _fsync_folder(inner)
+
+
+def _replace_folder(temporary: Path, folder: Path) -> None:
+    aside = _sibling(folder, "aside")
+    exists = folder.exists()
+    if exists:
+        os.rename(folder, aside)
+    os.rename(temporary, folder)
+    _fsync_folder(folder.parent)
+    if exists:
+        shutil.rmtree(aside)
+
+
+def _digest(entries: dict[str, dict[str, Any]]) -> str:
+    text = json.dumps(entries, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _fsync_file(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _fsync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

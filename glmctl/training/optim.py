@@ -1,0 +1,216 @@
+"""Muon for the matrices, AdamW for the rest (GLM-4.5 report section 2.4; Moonlight, arXiv 2502.16982).
+
+Muon orthogonalises the momentum of each *logical* matrix: q, k, v and o apart, gate and up apart, each expert
+apart. All matrices of one shape, from all layers, go through Newton-Schulz in one batch; a matrix that is higher
+than wide travels transposed, so that gate, up and down of an expert share a batch too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from glmctl.errors import DataError
+from glmctl.kernels.newton_schulz import newton_schulz
+from glmctl.recipe.schema import AdamWSpec, MuonSpec
+
+BATCH_ELEMENTS = 1 << 24
+"""largest Newton-Schulz batch, in elements: bounds the scratch memory at a few times 64 MiB in fp32"""
+
+EMBEDDING = "embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+@dataclass
+class MuonGroup:
+    """The parameters that Muon updates, by name, and their momenta (made at the first step)."""
+
+    named: dict[str, nn.Parameter]
+    spec: MuonSpec
+    lr: float
+    momenta: dict[str, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """M <- mu M + G; O = NewtonSchulz(mu M + G); W <- W - lr (rms sqrt(max(A, B)) O + wd W)."""
+        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        names = [name for name, parameter in self.named.items() if parameter.grad is not None]
+        if not names:
+            return
+        gradients = [_gradient(self.named[name]) for name in names]
+        momenta = [self._momentum(name) for name in names]
+        torch._foreach_mul_(momenta, self.spec.momentum)
+        torch._foreach_add_(momenta, gradients)
+        # Nesterov: the momentum as it will be after the next, equal, gradient
+        inputs = torch._foreach_add(gradients, torch._foreach_mul(momenta, self.spec.momentum))
+        torch._foreach_mul_([self.named[name] for name in names], 1.0 - self.lr * self.spec.weight_decay)
+        for name, direction in zip(names, inputs, strict=True):
+            target_nAB = _matrices(name, self.named[name])
+            shape = target_nAB.shape[-2:]
+            tall = shape[0] > shape[1]
+            pair = (target_nAB.mT, _matrices(name, direction).mT) if tall else (target_nAB, _matrices(name, direction))
+            by_shape.setdefault((min(shape), max(shape)), []).append(pair)
+        for (A, B), pairs in by_shape.items():
+            for chunk in _chunks(pairs, A * B):
+                self._apply(chunk, self.spec.update_rms * math.sqrt(max(A, B)))
+
+    def _apply(self, pairs: list[tuple[Tensor, Tensor]], scale: float) -> None:
+        stacked_nAB = torch.cat([direction for _, direction in pairs])
+        orthogonal_nAB = newton_schulz(stacked_nAB, self.spec.ns_steps)
+        sizes = [target.shape[0] for target, _ in pairs]
+        for (target, _), update in zip(pairs, torch.split(orthogonal_nAB, sizes), strict=True):
+            target.add_(update, alpha=-self.lr * scale)
+
+    def _momentum(self, name: str) -> Tensor:
+        if name not in self.momenta:
+            self.momenta[name] = torch.zeros_like(self.named[name], dtype=torch.float32)
+        return self.momenta[name]
+
+
+class HasNamedParameters(Protocol):
+    """A module, as far as an optimizer is concerned."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+class MixedOptimizer:
+    """Muon and AdamW behind one `step`. A parameter without a gradient is left alone, decay included.
+
+    Its state is a flat dictionary of tensors by parameter name, which is what a checkpoint stores.
+    """
+
+    def __init__(self, model: HasNamedParameters, spec: MuonSpec | AdamWSpec, lr: float = 0.0) -> None:
+        self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.spec = spec
+        self.muon: MuonGroup | None = None
+        rest = self.named
+        if isinstance(spec, MuonSpec):
+            matrices = {name: p for name, p in self.named.items() if uses_muon(name, p, spec)}
+            rest = {name: p for name, p in self.named.items() if name not in matrices}
+            self.muon = MuonGroup(matrices, spec, lr)
+        self._adamw_named = rest
+        self.adamw = torch.optim.AdamW(
+            _adamw_groups(rest, spec), lr=lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=True
+        )
+        self.set_lr(lr)
+
+    def set_lr(self, lr: float) -> None:
+        """The rate of the next step, one for all parameters."""
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        if self.muon is not None:
+            self.muon.lr = lr
+
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        if self.muon is not None:
+            self.muon.step()
+        self.adamw.step()
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for parameter in self.named.values():
+            parameter.grad = None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Every parameter it updates, in the model's order."""
+        return list(self.named.values())
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """`muon.momentum.<name>`, `adamw.{step,exp_avg,exp_avg_sq}.<name>`; empty before the first step."""
+        tensors: dict[str, Tensor] = {}
+        if self.muon is not None:
+            tensors |= {f"muon.momentum.{name}": value for name, value in self.muon.momenta.items()}
+        for name, parameter in self._adamw_named.items():
+            for key, value in self.adamw.state.get(parameter, {}).items():
+                tensors[f"adamw.{key}.{name}"] = value
+        return tensors
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take up the state that `state_tensors` gave. DataError for a tensor that is missing, extra or mis-shaped."""
+        momenta: dict[str, Tensor] = {}
+        adamw: dict[str, dict[str, Tensor]] = {}
+        for full, value in tensors.items():
+            kind, _, rest = full.partition(".")
+            key, _, name = rest.partition(".")
+            owner = self._owner(kind, key, name)
+            if owner is None or (key != "step" and value.shape != owner.shape):
+                raise DataError(f"optimizer state '{full}' {list(value.shape)} does not fit this model and optimizer")
+            if kind == "muon":
+                momenta[name] = value.to(owner.device, copy=True)
+            else:
+                # AdamW keeps its step counts on the CPU unless it is capturable or fused on a GPU
+                device = owner.device
+                adamw.setdefault(name, {})[key] = value.to(device, copy=True)
+        for name, state in adamw.items():
+            missing = {"step", "exp_avg", "exp_avg_sq"} - state.keys()
+            if missing:
+                raise DataError(f"optimizer state '{sorted(missing)[0]}' of '{name}' is missing")
+        if self.muon is not None:
+            self.muon.momenta = momenta
+        self.adamw.state.clear()
+        for name, state in adamw.items():
+            self.adamw.state[self._adamw_named[name]] = state
+
+    def _owner(self, kind: str, key: str, name: str) -> nn.Parameter | None:
+        if kind == "muon" and key == "momentum" and self.muon is not None:
+            return self.muon.named.get(name)
+        if kind == "adamw" and key in ("step", "exp_avg", "exp_avg_sq"):
+            return self._adamw_named.get(name)
+        return None
+
+
+def build_optimizer(model: HasNamedParameters, spec: MuonSpec | AdamWSpec, lr: float = 0.0) -> MixedOptimizer:
+    """The optimizer of `spec` over the parameters of `model` (the bare GlmMoe, so that names are its own)."""
+    return MixedOptimizer(model, spec, lr)
+
+
+def uses_muon(name: str, parameter: Tensor, spec: MuonSpec) -> bool:
+    """Whether Muon updates it: every matrix but the word embedding and, unless asked for, the output head."""
+    if parameter.dim() < 2 or name == EMBEDDING:
+        return False
+    return name != HEAD or spec.head == "muon"
+
+
+def _adamw_groups(named: dict[str, nn.Parameter], spec: MuonSpec | AdamWSpec) -> list[dict[str, Any]]:
+    """Beside Muon everything decays alike (Moonlight); alone, AdamW decays matrices only."""
+    if isinstance(spec, MuonSpec):
+        return [{"params": list(named.values())}]
+    matrices = [p for p in named.values() if p.dim() >= 2]
+    vectors = [p for p in named.values() if p.dim() < 2]
+    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad.to(torch.float32)
+
+
+def _matrices(name: str, tensor: Tensor) -> Tensor:
+    """The logical matrices of a parameter as a view [n, A, B]."""
+    if tensor.dim() == 2:
+        return tensor.unsqueeze(0)
+    if name.endswith("gate_up_proj"):
+        E, twice, D = tensor.shape
+        return tensor.view(E * 2, twice // 2, D)
+    return tensor
+
+
+def _chunks(pairs: list[tuple[Tensor, Tensor]], elements: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """`pairs` in runs of at most BATCH_ELEMENTS elements (or one matrix); a long stack of experts is cut too."""
+    most = max(1, BATCH_ELEMENTS // elements)
+    chunk: list[tuple[Tensor, Tensor]] = []
+    count = 0
+    for target, direction in pairs:
+        for part in zip(torch.split(target, most), torch.split(direction, most), strict=True):
+            if count + part[0].shape[0] > most:
+                yield chunk
+                chunk, count = [], 0
+            chunk.append(part)
+            count += part[0].shape[0]
+    yield chunk

@@ -1,0 +1,209 @@
+"""Pretraining and mid-training: stages of data under one schedule (GLM-4.5 report section 2; spec section 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from glmctl import console
+from glmctl.data.batches import Batch, PretrainBatches
+from glmctl.data.prepare import unigram_entropy
+from glmctl.data.shards import INDEX, TokenShards
+from glmctl.data.tokenizer import Tokenizer
+from glmctl.errors import RecipeError
+from glmctl.model.config import ModelConfig
+from glmctl.model.network import GlmMoe
+from glmctl.parallel.accelerate import make_accelerator, share, sum_over_ranks
+from glmctl.recipe.schema import PretrainRecipe
+from glmctl.run.directory import Run, resolve_tokenizer
+from glmctl.run.signals import StopFlag
+from glmctl.training.loss import main_loss
+from glmctl.training.plan import PlannedStep, plan_steps
+from glmctl.training.session import Clock, Session, rate
+
+VALIDATION_MICRO_TOKENS = 8192
+"""tokens in one validation forward when the recipe sets no micro_tokens"""
+
+
+def run(recipe: PretrainRecipe, run: Run) -> dict[str, Any]:
+    """Train `recipe.model` from scratch through all stages and export it; resumes where an earlier process ended.
+
+    Summary: `validation_loss` (nats per token, main head, of the final model) and `unigram_entropy` (nats) on the
+    *first* stage's validation text, their difference, the final loss on every stage's text, and the last step's
+    `mtp_loss` and `max_vio`.
+
+    Raises:
+        RecipeError, DataError: the recipe does not fit the tokenizer or the data.
+        DivergedError: three steps in a row were not finite.
+        Interrupted: a signal came; the state is saved.
+    """
+    accelerator = make_accelerator(recipe.precision, recipe.trackers, run.path)
+    tokenizer_folder = resolve_tokenizer(recipe.tokenizer)
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    stages = open_stages(recipe, tokenizer)
+    model = GlmMoe(model_config(recipe.model, tokenizer), device=accelerator.device, seed=recipe.seed)
+    session = Session(
+        model,
+        run,
+        accelerator,
+        optimizer=recipe.optimizer,
+        grad_clip=recipe.grad_clip,
+        policy=recipe.checkpoint,
+        trackers=recipe.trackers,
+    )
+    plan = plan_steps(recipe, accelerator.num_processes)
+    prompts = [(text, tokenizer.encode_plain(text)) for text in recipe.sample_prompts]
+
+    done = session.resume()
+    if done == 0:
+        model.set_rope_theta(stages[0].rope_theta)
+        session.sample(0, prompts, tokenizer, stage="start")
+    with StopFlag() as stop, console.progress(recipe.name, len(plan), start=done) as progress:
+        for step in plan[done:]:
+            stage = stages[step.stage]
+            model.set_rope_theta(stage.rope_theta)
+            clock = Clock()
+            metrics = session.stepper.lm_step(
+                stage.micro_batches(step, accelerator, recipe.batch.micro_tokens),
+                lr=step.lr,
+                mtp_weight=step.mtp_weight,
+                sequence_loss_weight=recipe.balance.sequence_loss_weight,
+                bias_update_rate=step.bias_update_rate,
+                center=recipe.balance.center,
+            )
+            batch_tokens = step.sequences * stage.sequence_length
+            row: dict[str, Any] = {"tokens": step.tokens, "stage": stage.name, "lr": step.lr, "batch_tokens": batch_tokens}
+            row |= clock.read(batch_tokens)
+            if step.ends_stage or step.number % recipe.validation.every_steps == 0:
+                row["validation_loss"] = stage.validation_loss(model, accelerator, recipe.batch.micro_tokens)
+            session.log(step.number, len(plan), metrics, row)
+            if step.ends_stage:
+                session.sample(step.number, prompts, tokenizer, stage=stage.name)
+            session.end_step(step.number, len(plan), stop)
+            progress.advance(loss=metrics.loss, tokens_per_second=row["tokens_per_second"])
+
+    model.set_rope_theta(stages[-1].rope_theta)
+    summary = _summary(recipe, run, session, stages)
+    session.export(tokenizer_folder)
+    return summary
+
+
+@dataclass(frozen=True)
+class StageData:
+    """A stage's training rows, its fixed validation rows, and what holds while it lasts."""
+
+    name: str
+    sequence_length: int
+    rope_theta: float
+    batches: PretrainBatches
+    validation: Batch
+    entropy: float
+    """unigram entropy of the validation text under its own distribution, nats per token"""
+
+    def micro_batches(self, step: PlannedStep, accelerator: Accelerator, micro_tokens: int | None) -> list[Batch]:
+        """This rank's rows of the step; one forward has at most `micro_tokens` tokens, but at least one row."""
+        start, stop = share(step.sequences, accelerator)
+        batch = self.batches.batch(step.first_sequence + start, stop - start)
+        return batch.split(self._micro_rows(micro_tokens, len(batch)))
+
+    def validation_loss(self, model: GlmMoe, accelerator: Accelerator, micro_tokens: int | None) -> float:
+        """Mean of -log p(next token) in nats over the fixed validation rows, main head only."""
+        start, stop = share(len(self.validation), accelerator)
+        sums = torch.zeros(2, dtype=torch.float64)
+        with accelerator.autocast():
+            for part in self.validation.rows(start, stop).split(self._micro_rows(micro_tokens, 0)):
+                sums += torch.tensor(main_loss(model, part.to(accelerator.device)), dtype=torch.float64)
+        loss, count = sum_over_ranks(sums, accelerator).tolist()
+        return float(loss / count)
+
+    def _micro_rows(self, micro_tokens: int | None, whole: int) -> int:
+        if micro_tokens is None:
+            return whole or max(1, VALIDATION_MICRO_TOKENS // self.sequence_length)
+        return max(1, micro_tokens // self.sequence_length)
+
+
+def open_stages(recipe: PretrainRecipe, tokenizer: Tokenizer) -> list[StageData]:
+    """The data of every stage, opened and checked against tokenizer and model before any step is taken."""
+    tokenizer.require_fits(recipe.model.vocab_size, where=f"{recipe.name}: model")
+    stages = []
+    theta = recipe.model.rope_theta
+    for index, stage in enumerate(recipe.stages):
+        if stage.sequence_length > recipe.model.max_position_embeddings:
+            raise RecipeError(
+                f"{recipe.name}: stages.{index}.sequence_length {stage.sequence_length} exceeds "
+                f"model.max_position_embeddings {recipe.model.max_position_embeddings}"
+            )
+        theta = theta if stage.rope_theta is None else stage.rope_theta
+        train, validation = open_splits(Path(stage.data))
+        for shards in (train, validation):
+            shards.require_tokenizer(tokenizer.hash)
+        # a seed of its own for each stage, so that two stages over the same text see it in another order
+        batches = PretrainBatches(train, stage.sequence_length, stage.packing, seed=recipe.seed * 1009 + index)
+        stages.append(
+            StageData(
+                name=stage.name,
+                sequence_length=stage.sequence_length,
+                rope_theta=theta,
+                batches=batches,
+                validation=_validation_rows(validation, stage.sequence_length, recipe.validation.tokens),
+                entropy=_entropy(validation),
+            )
+        )
+    return stages
+
+
+def open_splits(path: Path) -> tuple[TokenShards, TokenShards]:
+    """Train and validation shards of a data run, of its export, or of its export's `train` folder."""
+    base = path.parent if (path / INDEX).is_file() else path
+    train = TokenShards.open(path, "train")
+    return train, TokenShards.open(base, "validation")
+
+
+def model_config(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The recipe's model with the tokenizer's padding and end-of-turn ids where it names none."""
+    changes: dict[str, Any] = {}
+    if config.pad_token_id is None:
+        changes["pad_token_id"] = tokenizer.pad_id
+    if not config.eos_token_id:
+        changes["eos_token_id"] = tuple(tokenizer.eos_ids)
+    return config.model_copy(update=changes)
+
+
+def _validation_rows(shards: TokenShards, length: int, tokens: int) -> Batch:
+    """The first rows of a fixed order, no row twice."""
+    batches = PretrainBatches(shards, length, "concat", seed=0)
+    return batches.batch(0, min(max(1, tokens // length), batches.sequences_per_epoch))
+
+
+def _entropy(shards: TokenShards) -> float:
+    counts = np.zeros(shards.vocab_size, np.int64)
+    for start in range(0, shards.total_tokens, 1 << 22):
+        part = shards.tokens(start, min(1 << 22, shards.total_tokens - start))
+        counts += np.bincount(part, minlength=shards.vocab_size)
+    return unigram_entropy(counts)
+
+
+def _summary(recipe: PretrainRecipe, run: Run, session: Session, stages: list[StageData]) -> dict[str, Any]:
+    rows = run.metrics.rows()
+    losses = [stage.validation_loss(session.model, session.accelerator, recipe.batch.micro_tokens) for stage in stages]
+    last = rows[-1] if rows else {}
+    summary: dict[str, Any] = {
+        "validation_loss": losses[0],
+        "unigram_entropy": stages[0].entropy,
+        "validation_loss_below_unigram": stages[0].entropy - losses[0],
+        "tokens": recipe.total_tokens,
+        "steps": len(rows),
+        "tokens_per_second": rate(rows, sum(int(row["batch_tokens"]) for row in rows)),
+        "mtp_loss": last.get("mtp_loss", 0.0),
+        "max_vio": last.get("max_vio", 0.0),
+        "skipped_steps": session.stepper.skipped,
+    }
+    for stage, loss in zip(stages, losses, strict=True):
+        summary[f"validation_loss_{stage.name}"] = loss
+        summary[f"unigram_entropy_{stage.name}"] = stage.entropy
+    return summary

@@ -1,0 +1,166 @@
+"""What every training driver has besides its loop: resume, log, checkpoint, stop, export.
+
+One `Session` per run and process. Under several processes all ranks call everything; only rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from glmctl import console
+from glmctl.data.tokenizer import Tokenizer
+from glmctl.errors import Interrupted
+from glmctl.model.folder import save_model
+from glmctl.model.generate import generate
+from glmctl.model.network import GlmMoe
+from glmctl.recipe.schema import AdamWSpec, CheckpointPolicy, MuonSpec
+from glmctl.run import atomic
+from glmctl.run.directory import Run
+from glmctl.run.metrics import MetricsLog
+from glmctl.run.signals import StopFlag
+from glmctl.training import checkpoint
+from glmctl.training.balance import expert_load, max_vio
+from glmctl.training.optim import build_optimizer
+from glmctl.training.step import StepMetrics, Stepper
+
+LOAD_EVERY = 20
+"""steps between rows that carry every expert's load (for the report's heat map)"""
+
+SAMPLE_TOKENS = 64
+
+
+class Session:
+    """A model in training inside a run."""
+
+    def __init__(
+        self,
+        model: GlmMoe,
+        run: Run,
+        accelerator: Accelerator,
+        *,
+        optimizer: MuonSpec | AdamWSpec,
+        grad_clip: float,
+        policy: CheckpointPolicy,
+        trackers: Sequence[str] = (),
+    ) -> None:
+        self.model = model
+        self.run = run
+        self.accelerator = accelerator
+        self.policy = policy
+        self.optimizer = build_optimizer(model, optimizer)
+        self.stepper = Stepper(model, self.optimizer, accelerator, grad_clip=grad_clip)
+        self.samples = MetricsLog(run.samples, writable=run.writer)
+        self._tracking = bool(trackers)
+        if trackers:
+            accelerator.init_trackers(run.recipe.name)
+
+    def resume(self) -> int:
+        """Load the newest intact checkpoint, if there is one, and return how many steps are done.
+
+        Rows of steps that the checkpoint does not know are dropped; those steps are done again, bit for bit.
+        """
+        found = checkpoint.load_latest(self.run.checkpoints, self.model, self.optimizer)
+        done = 0
+        if found is not None:
+            state, _ = found
+            done = int(state["step"])
+            self.stepper.load_state(state["stepper"])
+            console.note(f"resuming after step {done}")
+        # -1: without a checkpoint even the samples from before the first step are written again
+        after = done if found is not None else -1
+        self.run.metrics.truncate("step", after)
+        self.samples.truncate("step", after)
+        self.accelerator.wait_for_everyone()
+        return done
+
+    def log(self, step: int, total: int, metrics: StepMetrics, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Append one row of metrics.jsonl (and tell the trackers); returns it."""
+        body: dict[str, Any] = {
+            "step": step,
+            "loss": metrics.loss,
+            "mtp_loss": metrics.mtp_loss,
+            "balance_loss": metrics.balance_loss,
+            "grad_norm": metrics.grad_norm,
+            "max_vio": max_vio(metrics.counts_LE),
+            "targets": metrics.targets,
+            **row,
+        }
+        if metrics.skipped:
+            body["skipped"] = True
+        if step == 1 or step == total or step % LOAD_EVERY == 0:
+            body["expert_load"] = expert_load(metrics.counts_LE)
+        self.run.metrics.append(body)
+        if self._tracking:
+            values = {key: value for key, value in body.items() if isinstance(value, int | float) and key != "step"}
+            self.accelerator.log(values, step=step)
+        return body
+
+    def end_step(self, step: int, total: int, stop: StopFlag) -> None:
+        """Checkpoint when it is due, at the end, or when a signal asks to stop; then raise Interrupted."""
+        exit_code = self._agreed(stop.raised)
+        if step % self.policy.every_steps == 0 or step == total or exit_code:
+            self.save(step)
+        if exit_code:
+            raise Interrupted(
+                f"{self.run.path}: interrupted, saved after step {step} of {total}",
+                exit_code=exit_code,
+                hint="the same command continues",
+            )
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint of this moment."""
+        if self.run.writer:
+            state = {"step": step, "stepper": self.stepper.state()}
+            checkpoint.save(self.run.checkpoints, self.model, self.optimizer, state, keep=self.policy.keep)
+            self.run.record_time()
+        self.accelerator.wait_for_everyone()
+
+    def sample(self, step: int, prompts: Sequence[tuple[str, list[int]]], tokenizer: Tokenizer, **fields: Any) -> None:
+        """Continue each (shown text, token ids) greedily and append the texts to the run's samples."""
+        if self.run.writer:
+            for shown, tokens in prompts:
+                made = generate(self.model, tokens, SAMPLE_TOKENS, stop_ids=tokenizer.eos_ids)
+                self.samples.append({"step": step, "prompt": shown, "text": tokenizer.decode(made), **fields})
+        self.accelerator.wait_for_everyone()
+
+    def export(self, tokenizer_folder: Path) -> None:
+        """Publish the model with its tokenizer as a Hugging Face folder, the run's export."""
+        if self.run.writer:
+            with atomic.publish(self.run.export) as folder:
+                save_model(self.model, folder, tokenizer_folder=tokenizer_folder)
+        self.accelerator.wait_for_everyone()
+        if self._tracking:
+            self.accelerator.end_training()
+
+    def _agreed(self, exit_code: int | None) -> int:
+        """The largest exit code any rank was asked to end with, 0 for none: ranks stop at the same step or not at all.
+
+        A signal reaches the ranks of a job at different moments.
+        """
+        if self.accelerator.num_processes == 1:
+            return exit_code or 0
+        mine = torch.tensor([exit_code or 0], device=self.accelerator.device)
+        return int(self.accelerator.gather(mine).max())
+
+
+class Clock:
+    """Seconds and tokens per second of a step."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+
+    def read(self, tokens: int) -> dict[str, float]:
+        """`seconds` since this was made and `tokens_per_second`."""
+        seconds = time.perf_counter() - self._began
+        return {"seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9)}
+
+
+def rate(rows: Sequence[Mapping[str, Any]], tokens: int) -> float:
+    """Tokens per second over all steps of a run, validation and checkpoints left out."""
+    return tokens / max(sum(float(row["seconds"]) for row in rows), 1e-9)

@@ -1,0 +1,182 @@
+"""One optimizer step, shared by every stage that trains.
+
+`Stepper.lm_step` is the whole of it for language modelling (pretrain, sft, distill). RL computes its own loss and
+uses the two halves: `accumulate(loss)` for each micro-batch, then `update(lr)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from glmctl import console
+from glmctl.data.batches import Batch
+from glmctl.errors import DivergedError
+from glmctl.model.network import GlmMoe
+from glmctl.parallel.accelerate import sum_over_ranks
+from glmctl.training.balance import update_router_bias
+from glmctl.training.loss import Losses, LossModule
+from glmctl.training.optim import MixedOptimizer
+
+MAX_SKIPPED = 3
+"""non-finite steps in a row after which training stops"""
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one step saw, over all micro-batches and ranks; losses are means in nats per target, before the update."""
+
+    loss: float
+    mtp_loss: float
+    """0 when the MTP layer was not trained"""
+    balance_loss: float
+    """sum over layers of the sequence balance loss, without its weight; one per layer is perfectly even"""
+    grad_norm: float
+    """global L2 norm before clipping"""
+    targets: int
+    counts_LE: Tensor
+    """tokens sent to each expert, int64 on the CPU"""
+    skipped: bool
+    """the loss or the gradient was not finite and the weights were left as they were"""
+
+
+class Stepper:
+    """Forward, backward, clip and update of one model, the same for one process and for many.
+
+    A step whose loss or gradient is not finite on any rank changes nothing: not the weights, not the optimizer's
+    state, not the router biases. It is counted in `skipped`; the third in a row raises DivergedError.
+    """
+
+    def __init__(self, model: GlmMoe, optimizer: MixedOptimizer, accelerator: Accelerator, *, grad_clip: float) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.accelerator = accelerator
+        self.grad_clip = grad_clip
+        self.skipped = 0
+        """non-finite steps so far; part of a checkpoint's state"""
+        self.skipped_in_row = 0
+        self._world = accelerator.num_processes
+        self._losses = accelerator.prepare(LossModule(model, always_mtp=self._world > 1))
+        self._reduced = True
+
+    # ------------------------------------------------------------------ language modelling
+
+    def lm_step(
+        self,
+        batches: Sequence[Batch],
+        *,
+        lr: float,
+        mtp_weight: float = 0.0,
+        sequence_loss_weight: float = 0.0,
+        bias_update_rate: float = 0.0,
+        center: bool = False,
+    ) -> StepMetrics:
+        """One step over this rank's micro-batches (at least one).
+
+        The loss is main / M + mtp_weight * mtp / M2 + sequence_loss_weight * balance, where M and M2 are the
+        numbers of main and MTP targets over all micro-batches and ranks, so cutting a batch differently changes
+        nothing; balance is the mean over all sequences. Router biases move once, by the summed counts.
+        """
+        assert batches, "a step needs a batch on every rank"
+        device = self.accelerator.device
+        sizes = [[b.target_count, b.mtp_target_count, _sequences(b)] for b in batches]
+        totals = sum_over_ranks(torch.tensor(sizes).sum(0), self.accelerator).tolist()
+        targets, mtp_targets, sequences = (max(1, int(n)) for n in totals)
+        sums = torch.zeros(3, dtype=torch.float64)
+        counts_LE: Tensor | None = None
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self._losses):
+                found: Losses = self._losses(batch.to(device), mtp_weight > 0, sequence_loss_weight > 0)
+                balance = found.balance * (sizes[index][2] / sequences)
+                loss = found.main / targets + found.mtp * (mtp_weight / mtp_targets) + balance * sequence_loss_weight
+                # DDP averages over the ranks; the sum is wanted
+                self.accelerator.backward(loss * self._world)
+            parts = [found.main / targets, found.mtp / mtp_targets, balance]
+            sums += torch.stack([part.detach().double().cpu() for part in parts])
+            counts_LE = found.counts_LE if counts_LE is None else counts_LE + found.counts_LE
+        assert counts_LE is not None
+        sums = sum_over_ranks(sums, self.accelerator)
+        counts_LE = sum_over_ranks(counts_LE, self.accelerator).cpu()
+        main, mtp, even = (float(value) for value in sums)
+        total = main + mtp_weight * mtp + sequence_loss_weight * even
+        norm, applied = self._update(lr, finite=math.isfinite(total))
+        if applied and bias_update_rate > 0:
+            update_router_bias(self.model, counts_LE, bias_update_rate, center)
+        return StepMetrics(main, mtp, even, norm, int(totals[0]), counts_LE, not applied)
+
+    # ------------------------------------------------------------------ halves, for other objectives
+
+    def accumulate(self, loss: Tensor) -> None:
+        """Add the gradient of a scalar `loss` to the parameters' gradients.
+
+        The caller has normalised it: the losses of all micro-batches and ranks are summed, not averaged.
+        """
+        self.accelerator.backward(loss)
+        self._reduced = False
+
+    def update(self, lr: float) -> float:
+        """Sum the accumulated gradients over ranks, clip, step at rate `lr`, forget them; returns their norm.
+
+        A norm that is not finite means that nothing was changed (see the class).
+        """
+        return self._update(lr, finite=True)[0]
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint keeps of the stepper."""
+        return {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
+
+    def load_state(self, state: dict[str, int]) -> None:
+        """Take up `state()` of an earlier process."""
+        self.skipped, self.skipped_in_row = int(state["skipped"]), int(state["skipped_in_row"])
+
+    @torch.no_grad()
+    def _update(self, lr: float, *, finite: bool) -> tuple[float, bool]:
+        parameters = [p for p in self.optimizer.parameters() if p.grad is not None]
+        if not self._reduced:
+            self._sum_gradients()
+            parameters = [p for p in self.optimizer.parameters() if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        value = float(norm)
+        applied = finite and math.isfinite(value)
+        if applied:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
+            self.optimizer.set_lr(lr)
+            self.optimizer.step()
+            self.skipped_in_row = 0
+        self.optimizer.zero_grad()
+        self._reduced = True
+        if not applied:
+            self._skip()
+        return value, applied
+
+    def _sum_gradients(self) -> None:
+        """All-reduce gradients that did not pass through DDP's forward; absent ones count as zero."""
+        if self._world == 1:
+            return
+        for parameter in self.optimizer.parameters():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = sum_over_ranks(gradient, self.accelerator)
+
+    def _skip(self) -> None:
+        self.skipped += 1
+        self.skipped_in_row += 1
+        if self.skipped_in_row >= MAX_SKIPPED:
+            raise DivergedError(
+                f"{self.skipped_in_row} steps in a row had a loss or gradient that is not finite; "
+                "the weights are those from before them",
+                hint="lower schedule.peak_lr or grad_clip; the last checkpoint is intact",
+            )
+        console.warn("loss or gradient is not finite: this step changes nothing")
+
+
+def _sequences(batch: Batch) -> int:
+    """Rows that hold a token: what the balance loss is averaged over."""
+    return int((batch.documents_BT >= 0).any(dim=1).sum())
