@@ -40,6 +40,11 @@ def is_json() -> bool:
     return _state.json
 
 
+def is_quiet() -> bool:
+    """Whether notices and progress are left out."""
+    return _state.quiet
+
+
 def is_debug() -> bool:
     """Whether errors show their traceback."""
     return _state.debug

@@ -63,9 +63,7 @@ RecipeArgument = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Override one key: --set schedule.peak_lr=1e-3. May be repeated."
-    ),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key: --set schedule.peak_lr=1e-3. May be repeated."),
 ]
 RunOption = Annotated[
     Path | None, typer.Option("--run", metavar="DIR", help="The run directory; default runs/NAME (GLMCTL_RUNS/NAME).")

@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from glmctl import console
 from glmctl.commands import _stage as stage
 from glmctl.errors import GlmctlError
+from glmctl.recipe import names
 
 app = typer.Typer(**stage.PLAIN)
 
@@ -16,14 +18,14 @@ app = typer.Typer(**stage.PLAIN)
 @app.command("eval")
 def eval_(
     target: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="MODEL|RECIPE",
             help="A run directory or model folder (with -t), or a recipe.",
-            autocompletion=stage.names.complete,
+            autocompletion=names.complete,
             show_default=False,
         ),
-    ],
+    ] = None,
     tasks: Annotated[
         list[str] | None, typer.Option("--tasks", "-t", metavar="TASK,...", help="lm-eval task names, or our own.")
     ] = None,
@@ -40,25 +42,31 @@ def eval_(
         Path | None,
         typer.Option("--output_path", "--output-path", "-o", "--run", metavar="DIR", help="The run directory."),
     ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List our own offline tasks.")] = False,
     overrides: stage.SetOption = None,
     fresh: stage.FreshOption = False,
     dry_run: stage.DryRunOption = False,
 ) -> None:
     """Evaluate a model: `glmctl eval runs/demo/distill -t glmctl_cloze -L 100`."""
-    names = [name for word in tasks or [] for name in word.split(",") if name]
+    if list_:
+        _list()
+        return
+    if target is None:
+        raise GlmctlError("missing argument 'MODEL|RECIPE'", hint="`glmctl eval --help` shows the options")
+    wanted = [name for word in tasks or [] for name in word.split(",") if name]
     options: dict[str, tuple[str, Any]] = {
-        "tasks": ("--tasks", names or None),
+        "tasks": ("--tasks", wanted or None),
         "problems": ("--problems", dict(map(_pair, problems)) if problems else None),
         "num_fewshot": ("--num_fewshot", num_fewshot),
         "limit": ("--limit", limit),
         "enable_thinking": ("--nothink", False if nothink else None),
     }
-    if stage.names.looks_like_recipe(target):
+    if names.looks_like_recipe(target):
         stage.run_stage(
             "eval", target, _as_overrides(options) + (overrides or []), output_path, fresh=fresh, dry_run=dry_run
         )
         return
-    if not names and not problems:
+    if not wanted and not problems:
         raise GlmctlError(
             f"nothing to evaluate '{target}' on; name tasks with -t or problem files with --problems",
             hint="or give a recipe, e.g. `glmctl eval demo/eval`",
@@ -70,6 +78,15 @@ def eval_(
     models = {run_name("", target).lstrip("-"): target}
     recipe = build("eval", {**options, "name": ("name", name), "models": ("MODEL", models)}, overrides)
     stage.drive(recipe, output_path or stage.default_path(name), fresh=fresh, dry_run=dry_run)
+
+
+def _list() -> None:
+    from glmctl.evaluation.catalog import OWN_TASKS
+
+    rows = [[name, one.metric, one.problems or "", one.about] for name, one in OWN_TASKS.items()]
+    console.table("", ["task", "metric", "problems", "what"], rows)
+    keys = ("task", "metric", "problems", "about")
+    console.result({"tasks": [dict(zip(keys, row, strict=True)) for row in rows]}, text="")
 
 
 def _pair(word: str) -> tuple[str, str]:

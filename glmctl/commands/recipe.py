@@ -11,6 +11,7 @@ from glmctl import console
 from glmctl.cli import CommandGroup
 from glmctl.commands import _stage as stage
 from glmctl.errors import RecipeError
+from glmctl.recipe import names
 
 app = typer.Typer(cls=CommandGroup, help="List, show and check recipes.", **stage.PLAIN)
 
@@ -21,8 +22,8 @@ def list_(kind: Annotated[str | None, typer.Option("--type", help="Only recipes 
     from glmctl.errors import unknown
     from glmctl.recipe.load import list_recipes
 
-    if kind is not None and kind not in stage.names.COMMANDS:
-        raise unknown("recipe type", kind, stage.names.COMMANDS)
+    if kind is not None and kind not in names.COMMANDS:
+        raise unknown("recipe type", kind, names.COMMANDS)
     entries = [entry for entry in list_recipes() if kind in (None, entry.type)]
     console.table("", ["name", "type", "what"], [[e.name, e.type, e.description] for e in entries])
     body = [{"name": e.name, "type": e.type, "description": e.description, "path": str(e.path)} for e in entries]
@@ -43,7 +44,7 @@ def check(
     recipes: Annotated[
         list[str],
         typer.Argument(
-            metavar="RECIPE...", help="Names or .yaml paths.", autocompletion=stage.names.complete, show_default=False
+            metavar="RECIPE...", help="Names or .yaml paths.", autocompletion=names.complete, show_default=False
         ),
     ],
 ) -> None:
@@ -62,8 +63,8 @@ def check(
                 resolve(loaded, Path("."), load)
         except RecipeError as error:
             faults.append(error)
-    for error in faults[:-1]:
-        console.error(error.kind, error.message, error.hint, error.exit_code, final=False)
+    for fault in faults[:-1]:
+        console.error(fault.kind, fault.message, fault.hint, fault.exit_code, final=False)
     if faults:
         raise faults[-1]
     console.result({"checked": recipes}, text=f"{len(recipes)} ok")

@@ -69,7 +69,7 @@ def _show(pipeline: PipelineRecipe, path: Path) -> None:
 
     rows, body = [], {}
     for one in resolve(pipeline, path, load):
-        filled = one.recipe(path)
+        filled = one.recipe
         implied = derived(filled)
         keys = [key for key in ("parameters", "tokens", "steps", "rollouts", "problems") if key in implied]
         words = [f"{key} {console.number(implied[key])}" for key in keys]

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from glmctl.commands import _stage as stage
+from glmctl.recipe import names
 
 app = typer.Typer(**stage.PLAIN)
 
@@ -18,7 +19,7 @@ def serve(
         typer.Argument(
             metavar="MODEL|RECIPE",
             help="A run directory, a model folder, or a recipe.",
-            autocompletion=stage.names.complete,
+            autocompletion=names.complete,
             show_default=False,
         ),
     ],
@@ -42,7 +43,7 @@ def serve(
         "max_queue": ("--max-queue", max_queue),
         "speculative": ("--speculative", speculative),
     }
-    if stage.names.looks_like_recipe(target):
+    if names.looks_like_recipe(target):
         words = [f"{key}={value}" for key, (_, value) in options.items() if value is not None]
         stage.run_stage("serve", target, words + (overrides or []), run, fresh=fresh, dry_run=dry_run)
         return

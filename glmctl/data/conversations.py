@@ -78,6 +78,9 @@ def conversation_of(row: Any) -> Conversation:
             raise DataError(f"messages[{at}]: {error.message}") from error
     if messages[-1]["role"] != "assistant":
         raise DataError("the last message must be the assistant's")
+    last_user = max((at for at, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    if not thinking and any(str(m.get("reasoning_content") or "").strip() for m in messages[last_user + 1 :]):
+        raise DataError("enable_thinking is false, but the last turn has reasoning_content")
     return Conversation(messages, tools or None, thinking)
 
 

@@ -173,7 +173,9 @@ class StreamParser:
         if match:
             self._at = match.end()
             return self._buffer[begin : match.start()], match.group()
-        self._at = len(self._buffer) - (0 if self._finished else tags.partial(self._buffer[begin:]))
+        self._at = len(self._buffer) - (
+            0 if self._finished else tags.partial(self._buffer[max(begin, len(self._buffer) - tags.longest) :])
+        )
         return self._buffer[begin : self._at], None
 
     def _next_tag(self, tags: _Tags) -> str | None:
@@ -186,7 +188,7 @@ class StreamParser:
         if found is not None:
             self._at += len(found)
             return found
-        if not head or (not self._finished and any(tag.startswith(head) for tag in tags.all)):
+        if not head or (not self._finished and head in tags.beginnings):
             return None
         return ""
 
@@ -367,16 +369,18 @@ class _Tags:
     all: tuple[str, ...]
     pattern: re.Pattern[str] = field(init=False)
     longest: int = field(init=False)
+    beginnings: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", re.compile("|".join(map(re.escape, self.all))))
         object.__setattr__(self, "longest", max(map(len, self.all)))
+        proper = (tag[:length] for tag in self.all for length in range(1, len(tag)))
+        object.__setattr__(self, "beginnings", frozenset(proper))
 
     def partial(self, text: str) -> int:
         """Length of the longest end of `text` that could grow into one of the strings."""
         for length in range(min(self.longest - 1, len(text)), 0, -1):
-            end = text[len(text) - length :]
-            if any(tag.startswith(end) for tag in self.all):
+            if text[-length:] in self.beginnings:
                 return length
         return 0
 

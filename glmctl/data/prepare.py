@@ -14,7 +14,6 @@ import numpy as np
 from glmctl import console
 from glmctl.data import fim
 from glmctl.data.chat import ChatTemplate
-from glmctl.data.chat import ChatTemplate
 from glmctl.data.conversations import Conversation
 from glmctl.data.reading import BadRows
 from glmctl.data.shards import ShardWriter
@@ -24,7 +23,6 @@ from glmctl.errors import DataError
 from glmctl.run import atomic
 
 if TYPE_CHECKING:
-    from glmctl.data.conversations import Conversation
     from glmctl.recipe.schema import DataRecipe
     from glmctl.run.directory import Run
 
@@ -87,7 +85,6 @@ def _write(
     """Encode every document into its split; returns the UTF-8 bytes encoded."""
     template = ChatTemplate(tokenizer)
     size = 0
-    template = ChatTemplate(tokenizer)
     with console.progress("data", size_hint(recipe.sources), "byte") as progress:
         found = documents(recipe.sources, recipe.seed, bad=bad)
         for chunk in _chunks(found):
@@ -111,15 +108,6 @@ def _write(
             size += done
             progress.advance(done)
     return size
-
-
-def _instruction(template: ChatTemplate, conversation: Conversation | None) -> list[int]:
-    """A conversation's tokens; mid-training learns all of them, as it learns any text."""
-    if conversation is None:
-        return []
-    return template.encode_training(
-        conversation.messages, conversation.tools, enable_thinking=conversation.enable_thinking
-    ).tokens
 
 
 def _chunks(found: Iterable[Document]) -> Iterator[list[Document]]:
@@ -147,6 +135,7 @@ def _hash(purpose: bytes, document: Document) -> bytes:
 
 
 def _talk_tokens(talk: Conversation, template: ChatTemplate) -> list[int]:
+    """A conversation's tokens; mid-training learns all of them, as it learns any text."""
     return template.encode_training(
         talk.messages, talk.tools, enable_thinking=talk.enable_thinking, loss_on="all_turns"
     ).tokens
@@ -154,8 +143,6 @@ def _talk_tokens(talk: Conversation, template: ChatTemplate) -> list[int]:
 
 def _parts(document: Document, split: str, recipe: DataRecipe) -> list[fim.Part]:
     """The document's text as it is to be encoded; nothing for a conversation, which the template encodes."""
-    if document.conversation is not None:
-        return []
     if document.conversation is not None:
         return []
     if not document.is_code or split != "train":

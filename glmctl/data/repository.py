@@ -63,7 +63,8 @@ def dependency_order(files: Mapping[str, str]) -> list[str]:
     needs: dict[str, set[str]] = {path: set() for path in files}
     for module, path in modules.items():
         names = imported_modules(files[path], module, path.endswith("__init__.py"))
-        needs[path] = {modules[name] for name in names if name in modules} - {path}
+        # a package imports its parts, so counting `from . import part` as a need of the package makes only circles
+        needs[path] = {modules[name] for name in names if name in modules and not f"{module}.".startswith(f"{name}.")}
     users: dict[str, list[str]] = {path: [] for path in files}
     for path, others in needs.items():
         for other in others:

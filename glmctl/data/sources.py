@@ -44,8 +44,6 @@ class Document:
     copy: int = 0
     """0, 1, ... when the source's weight shows it more than once an epoch"""
     conversation: Conversation | None = None
-    """instruction data: encoded by the chat template, with its special tokens; `text` is then its JSON line"""
-    conversation: Conversation | None = None
     """what `text` is the rendering of; its tokens are then the chat template's, so contents cannot open a turn"""
 
     @property
@@ -187,8 +185,8 @@ def _read_conversations(source: ConversationsSource, bad: BadRows) -> Iterator[D
                 yield Document(text, source.domain, place, conversation=talk)
 
 
-def _json_row(line: bytes | None, place: str, bad: BadRows) -> Any:
-    """The JSON value of a line; None for an empty line, or a bad row."""
+def _json_row(line: bytes | None, place: str, bad: BadRows) -> dict[str, Any] | None:
+    """The JSON object of a line; None for an empty line, or a bad row."""
     if line is None:
         bad.add("too long", place)
         return None
@@ -198,19 +196,21 @@ def _json_row(line: bytes | None, place: str, bad: BadRows) -> Any:
     if text is None:
         return None
     try:
-        return json.loads(text)
+        row = json.loads(text)
     except (ValueError, RecursionError):
         bad.add("not JSON", place)
         return None
+    if not isinstance(row, dict):
+        bad.add("not an object", place)
+        return None
+    return row
 
 
 def _row_text(line: bytes | None, name: str, place: str, bad: BadRows) -> str | None:
     row = _json_row(line, place, bad)
     if row is None:
         return None
-    if not isinstance(row, dict):
-        bad.add("not an object", place)
-    elif name not in row:
+    if name not in row:
         bad.add(f"no field '{name}'", place)
     elif not isinstance(row[name], str):
         bad.add(f"'{name}' is not text", place)
@@ -222,15 +222,6 @@ def _row_text(line: bytes | None, name: str, place: str, bad: BadRows) -> str | 
         text: str = row[name]
         return text
     return None
-
-
-def _read_instructions(source: ConversationsSource) -> Iterator[Document]:
-    from glmctl.data.conversations import read_conversations
-
-    for path in _files(source.paths):
-        for number, conversation in enumerate(read_conversations([path]), start=1):
-            text = json.dumps(conversation.row(), ensure_ascii=False)
-            yield Document(text, source.domain, f"{path}:{number}", conversation=conversation)
 
 
 # ------------------------------------------------------------------ source trees

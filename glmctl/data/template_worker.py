@@ -6,6 +6,7 @@ limit of memory and of CPU seconds a rendering; passing one kills it, which the 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -13,13 +14,15 @@ import signal
 import subprocess
 import sys
 import threading
-import weakref
 from typing import Any
+
+from glmctl.errors import DataError
 
 CPU_SECONDS = 1.0
 MEMORY_BYTES = 768 * 1024 * 1024
 MAX_OUTPUT_CHARS = 1_000_000
 MAX_SOURCE_CHARS = 256 * 1024
+_COMPILED = 8
 
 # the child sees our import path and nothing else of ours: no settings, no working directory
 _START = (
@@ -28,16 +31,12 @@ _START = (
 
 
 class ForeignTemplate:
-    """A template of unknown origin, rendered in a child process that is started on first use."""
+    """A template of unknown origin. All of them share one child process, started when first needed."""
 
     def __init__(self, source: str, where: str) -> None:
         """DataError (naming `where`) when the source is too long or does not compile."""
-        from glmctl.errors import DataError
-
         self._source = source
         self._where = where
-        self._lock = threading.Lock()
-        self._child: subprocess.Popen[str] | None = None
         if len(source) > MAX_SOURCE_CHARS:
             raise DataError(f"{where}: {len(source)} characters are more than a chat template may have")
         self.marked: bool = self._ask({"source": source, "compile": True})["marked"]
@@ -48,31 +47,45 @@ class ForeignTemplate:
         return text
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        from glmctl.errors import DataError
+        answer = _worker.ask(request)
+        if answer is None:
+            raise DataError(
+                f"{self._where}: the chat template ran into a limit "
+                f"({CPU_SECONDS:g} s of CPU, {MEMORY_BYTES >> 20} MB) and was stopped"
+            )
+        if "error" in answer:
+            raise DataError(f"{self._where}: {answer['error']}")
+        return answer
 
+
+class _Worker:
+    """The child process; one request at a time, a new child after one that died."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[str] | None = None
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        """The child's answer; None when it died over this request."""
+        line = json.dumps(request) + "\n"
         with self._lock:
             child = self._running()
             assert child.stdin is not None
             assert child.stdout is not None
             reply = ""
             with contextlib.suppress(BrokenPipeError):
-                child.stdin.write(json.dumps(request) + "\n")
+                child.stdin.write(line)
                 child.stdin.flush()
                 reply = child.stdout.readline()
             if not reply.endswith("\n"):
-                _close(child)
-                self._child = None
-                raise DataError(
-                    f"{self._where}: the chat template ran into a limit "
-                    f"({CPU_SECONDS:g} s of CPU, {MEMORY_BYTES >> 20} MB) and was stopped"
-                )
+                self._close()
+                return None
         answer: dict[str, Any] = json.loads(reply)
-        if "error" in answer:
-            raise DataError(f"{self._where}: {answer['error']}")
         return answer
 
     def _running(self) -> subprocess.Popen[str]:
         if self._child is None or self._child.poll() is not None:
+            self._close()
             self._child = subprocess.Popen(
                 [sys.executable, "-I", "-c", _START, json.dumps(sys.path)],
                 stdin=subprocess.PIPE,
@@ -82,17 +95,22 @@ class ForeignTemplate:
                 encoding="utf-8",
                 env={name: os.environ[name] for name in ("LD_LIBRARY_PATH", "PATH") if name in os.environ},
             )
-            weakref.finalize(self, _close, self._child)
         return self._child
 
+    def _close(self) -> None:
+        child, self._child = self._child, None
+        if child is None:
+            return
+        child.kill()
+        child.wait()
+        for stream in (child.stdin, child.stdout):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
 
-def _close(child: subprocess.Popen[str]) -> None:
-    child.kill()
-    child.wait()
-    for stream in (child.stdin, child.stdout):
-        if stream is not None:
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()
+
+_worker = _Worker()
+atexit.register(_worker._close)
 
 
 # ------------------------------------------------------------------ in the child
@@ -120,6 +138,8 @@ def _answer(request: dict[str, Any], compiled: dict[str, Any]) -> dict[str, Any]
     source = request["source"]
     try:
         if source not in compiled:
+            while len(compiled) >= _COMPILED:
+                del compiled[next(iter(compiled))]
             compiled[source] = compile_template(source)
         if "compile" in request:
             return {"marked": has_marks(source)}

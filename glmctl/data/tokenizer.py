@@ -338,7 +338,8 @@ def run(recipe: TokenizerRecipe, run: Run) -> dict[str, Any]:
     Summary: `vocab_size`, `bytes_per_token` (UTF-8 bytes of the training text a token covers), `documents`, `bytes`.
     """
     # not at the top: sources renders conversations, which needs this module
-    from glmctl.data.sources import BadRows, documents
+    from glmctl.data.reading import BadRows
+    from glmctl.data.sources import documents
 
     bad = BadRows()
     texts = [document.text for document in documents(recipe.sources, recipe.seed, bad=bad) if document.copy == 0]

@@ -52,6 +52,7 @@ def sample_teacher(
     log = MetricsLog(path)
     whole = _whole_prompts(log, teacher.samples_per_prompt)
     missing = [problem for problem in prompts if problem.id not in whole]
+    place = {problem.id: index for index, problem in enumerate(prompts)}
     done = len(prompts) - len(missing)
     if done:
         console.note(f"{teacher.name}: {done} of {len(prompts)} prompts were sampled before")
@@ -67,6 +68,8 @@ def sample_teacher(
                 seed=derive_seed(seed, "distill", teacher.name),
                 max_turns=max_turns,
             ):
+                # its place among all prompts, whatever chunk it came in
+                trajectory.group = place[trajectory.problem_id]
                 whole.setdefault(trajectory.problem_id, []).append(trajectory)
                 log.append(trajectory.to_row())
             bar.advance(len(chunk))

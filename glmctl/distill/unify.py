@@ -23,8 +23,10 @@ from glmctl.distill.select import select
 from glmctl.engine.engine import Engine
 from glmctl.errors import DataError, Interrupted, RecipeError
 from glmctl.model.folder import load_model
+from glmctl.parallel.accelerate import make_accelerator
 from glmctl.recipe.schema import DistillRecipe, Teacher
 from glmctl.rl.environment import Problem
+from glmctl.rl.rollout import rollout_engine
 from glmctl.rl.score import GREEDY, Score, load_heldout, score_problems
 from glmctl.rl.seeds import derive_seed
 from glmctl.run import atomic
@@ -45,32 +47,35 @@ def run(recipe: DistillRecipe, run: Run) -> dict[str, Any]:
     names = [teacher.name for teacher in recipe.teachers]
     if len(set(names)) < len(names):
         raise RecipeError(f"teachers: two have the same name: {names}")
-    base = resolve_model(recipe.student)
+    accelerator = make_accelerator(recipe.precision)
+    if accelerator.num_processes > 1:
+        raise RecipeError("distill runs in one process; the SFT of its mixture.jsonl can run in many")
+    base, device = resolve_model(recipe.student), accelerator.device
     result: dict[str, Any] = {}
     with StopFlag() as stop:
         rows: list[Conversation] = []
         for teacher in recipe.teachers:
-            rows += teach(recipe, teacher, run, result, stop)
+            rows += teach(recipe, teacher, run, result, stop, device)
     # mixed once, here: the packer draws its epochs from this order
     random.Random(derive_seed(recipe.seed, "mixture")).shuffle(rows)
     atomic.write_text(
         run.path / "mixture.jsonl", "".join(json.dumps(row.row(), ensure_ascii=False) + "\n" for row in rows)
     )
 
-    model, template = load_model(base, dtype=torch.float32), ChatTemplate.load(base)
+    model, template = load_model(base, device=device, dtype=torch.float32), ChatTemplate.load(base)
     trained = finetune(model, rows, template, recipe, run, base, loss_on=recipe.loss_on)
     with StopFlag() as stop:
-        result |= grade(recipe, Engine(model), template, result, stop)
+        result |= grade(recipe, rollout_engine(model, recipe.episode_tokens), template, result, stop)
     return {**result, "mixture": len(rows), **{f"sft_{key}": value for key, value in trained.items()}}
 
 
 def teach(
-    recipe: DistillRecipe, teacher: Teacher, run: Run, result: dict[str, Any], stop: StopFlag
+    recipe: DistillRecipe, teacher: Teacher, run: Run, result: dict[str, Any], stop: StopFlag, device: torch.device
 ) -> list[Conversation]:
     """One expert's part of the mixture; its held-out score and counts go into `result`."""
     folder = resolve_model(teacher.model)
-    model, template = load_model(folder, dtype=torch.float32), ChatTemplate.load(folder)
-    engine = Engine(model)
+    model, template = load_model(folder, device=device, dtype=torch.float32), ChatTemplate.load(folder)
+    engine = rollout_engine(model, recipe.episode_tokens)
     samples = sample_teacher(
         engine,
         template,
@@ -114,8 +119,8 @@ def grade(
         expert = experts[f"{teacher.name}_expert"]
         result |= {
             f"{teacher.name}_hybrid": thought.accuracy,
-            # an expert that solves nothing has nothing to keep
-            f"{teacher.name}_ratio": thought.accuracy / expert if expert else 1.0,
+            # an expert that solves nothing proves nothing about its pupil
+            f"{teacher.name}_ratio": thought.accuracy / expert if expert else 0.0,
             f"{teacher.name}_direct": blurted.accuracy,
         }
         if stop.raised:

@@ -8,5 +8,3 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", os.environ["HF_HUB_OFFLINE"])
-# progress is the console's business
-os.environ.setdefault("TQDM_DISABLE", "1")

@@ -10,37 +10,39 @@ from typing import Any
 
 _NAMES = ("items", "values", "lines", "names")
 
+# Every context ends in a letter or digit and every choice starts with something else: there the tokeniser cuts, so the
+# tokens of context plus choice are those of the context and then those of the choice.
 _PYTHON: tuple[tuple[str, tuple[str, str, str, str]], ...] = (
     ("for item in {name}", (":\n", ")\n", "=\n", ",\n")),
     ("if not {name}", (":\n", "]\n", "=\n", "->\n")),
     ("def count({name}", ("):\n", "]:\n", "}}:\n", "=:\n")),
-    ("import os\nimport ", ("sys\n", "1\n", "()\n", ":\n")),
-    ("class Reader(object)", (":\n", ";;\n", "]\n", ",\n")),
-    ("    def __init__(", ("self", "return", "1", "import")),
+    ("import os\nimport", (" sys\n", " 1\n", " ()\n", " :\n")),
+    ("class Reader(object", ("):\n", "]:\n", ",:\n", "=:\n")),
     ("    return len({name}", (")\n", "]\n", ":\n", "}}\n")),
-    ("try:\n    value = {name}[0]\nexcept ", ("IndexError:\n", "return:\n", "def:\n", "0:\n")),
-    ("while True:\n    {name}.pop()\n    ", ("break\n", "):\n", "]\n", "=\n")),
-    ("{name} = [", ("]\n", ")\n", ":\n", "}}\n")),
+    ("try:\n    value = {name}[0]\nexcept", (" IndexError:\n", " return:\n", " def:\n", " 0:\n")),
+    ("while True:\n    {name}.pop()\n    if done", (":\n", "):\n", "]\n", "=\n")),
     ("x = {name}[0", ("]\n", ")\n", "}}\n", ":\n")),
-    ("with open(path) as ", ("f:\n", "1:\n", "):\n", "in:\n")),
-    ("if value is not ", ("None:\n", "def:\n", "):\n", "import:\n")),
-    ("    raise ValueError(", ('"no {name}")\n', "]\n", ":\n", "def)\n")),
-    ("from collections import ", ("namedtuple\n", "(:\n", "1\n", "return\n")),
+    ("with open(path) as", (" f:\n", " 1:\n", " ):\n", " in:\n")),
+    ("if value is not", (" None:\n", " def:\n", " ):\n", " import:\n")),
+    ("    raise ValueError", ('("no {name}")\n', "]\n", ":\n", " def\n")),
+    ("from collections import", (" namedtuple\n", " (:\n", " 1\n", " return\n")),
+    ("{name} = sorted({name}", (")\n", "]\n", ":\n", "}}\n")),
+    ("print(len({name}", ("))\n", ")]\n", "])\n", ":)\n")),
 )
 
 _WHO = ("they", "we", "you", "people")
 
 _ENGLISH: tuple[tuple[str, tuple[str, str, str, str]], ...] = (
-    ("One of the most ", ("common", "of", "the", "and")),
-    ("It is a kind ", ("of", "is", "the", "was")),
-    ("As {who} said, this is the same ", ("as", "of the is", "the", "was")),
-    ("{Who} do not ", ("know", "the", "of", "were of")),
-    ("{Who} have ", ("been", "the of", "is", "and of")),
-    ("In order ", ("to", "of", "the", "is")),
-    ("At the end of ", ("the", "is", "was", "and")),
-    ("There is no ", ("way", "the", "of", "is")),
-    ("If {who} want to ", ("use", "of", "the", "is")),
-    ("The first of these ", ("is", "the the", "a of", "and the of")),
+    ("One of the most", (" common", " of", " the", " and")),
+    ("It is a kind", (" of", " is", " the", " was")),
+    ("As {who} said, this is the same", (" as", " is", " of", " was")),
+    ("{Who} do not", (" know", " the", " of", " was")),
+    ("{Who} have", (" been", " is", " was", " were")),
+    ("In order", (" to", " of", " the", " is")),
+    ("At the end of", (" the", " is", " was", " and")),
+    ("There is no", (" way", " the", " of", " is")),
+    ("If {who} want to", (" use", " of", " the", " is")),
+    ("The first of these", (" is", " am", " of", " me")),
 )
 
 

@@ -77,7 +77,9 @@ def _score_rows(
     hidden_ND = hidden_BTD[row_N.to(model.device), position_N.to(model.device)]
     chunk = max(LOGITS_AT_ONCE // model.config.vocab_size, 1)
     logprobs, greedy = [], []
-    for hidden_CD, target_C in zip(hidden_ND.split(chunk), target_N.to(model.device).split(chunk), strict=True):
+    for hidden_CD, target_C in zip(
+        torch.split(hidden_ND, chunk), torch.split(target_N.to(model.device), chunk), strict=True
+    ):
         logits_CV = model.logits(hidden_CD)
         logprobs.append(logits_CV.log_softmax(-1).gather(1, target_C[:, None])[:, 0])
         greedy.append(logits_CV.argmax(-1) == target_C)

@@ -33,7 +33,7 @@ HANDLED_KWARGS = ("do_sample", "until", "max_gen_toks", "seed")
 
 
 @register_model("glmctl")
-class GlmctlLM(TemplateLM):
+class GlmctlLM(TemplateLM):  # type: ignore[misc]
     """Likelihoods by right-padded batches, generation by the engine, chat by the model's own template.
 
     pretrained: a loaded model (then `template` is needed), a model folder or a run directory. `batch_size` and
@@ -113,11 +113,18 @@ class GlmctlLM(TemplateLM):
 
     # ------------------------------------------------------------------ likelihood
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """lm-eval's split of the whole's tokens; where a token spans the border so that nothing is left for the
+        continuation (lm-eval's `hf` model fails there), the two are encoded apart.
+        """
+        pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+        if pair[1] or not continuation:
+            return pair
+        return self.tok_encode(context), self.tok_encode(continuation)
+
     def _loglikelihood_tokens(self, requests: list[Pair], **kwargs: Any) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
-        scores = score_continuations(
-            self.model, pairs, max_length=self.max_length, batch_tokens=self.batch_tokens
-        )
+        scores = score_continuations(self.model, pairs, max_length=self.max_length, batch_tokens=self.batch_tokens)
         for (text, _, _), score in zip(requests, scores, strict=True):
             if text is not None:
                 self.cache_hook.add_partial("loglikelihood", text, score)
@@ -146,9 +153,7 @@ class GlmctlLM(TemplateLM):
                 windows.append(make_disjoint_window(pair))
                 owners.append(index)
         totals = [0.0] * len(requests)
-        scores = score_continuations(
-            self.model, windows, max_length=self.max_length, batch_tokens=self.batch_tokens
-        )
+        scores = score_continuations(self.model, windows, max_length=self.max_length, batch_tokens=self.batch_tokens)
         for index, (logprob, _) in zip(owners, scores, strict=True):
             totals[index] += logprob
         for request, total in zip(requests, totals, strict=True):

@@ -42,7 +42,9 @@ class GlmMoe(nn.Module):
         super().__init__()
         self.config = config
         with torch.device("meta"):
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+            # the plain constructor draws normal_ on meta, which imports torch._dynamo: seconds for every command
+            table_VD = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
+            self.embed_tokens = nn.Embedding.from_pretrained(table_VD, freeze=False)
             self.layers = nn.ModuleList(
                 DecoderLayer(config, layer, dtype=dtype) for layer in range(config.num_hidden_layers)
             )

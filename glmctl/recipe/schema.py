@@ -313,6 +313,7 @@ class RlRecipe(RecipeBase):
     prompts_per_step: int = Field(16, gt=0)
     group_size: int = Field(8, gt=1)
     max_turns: int = Field(4, gt=0)
+    episode_tokens: int = Field(1024, gt=1, description="most tokens of an episode, prompt and tool results counted")
     dynamic_sampling: bool = Field(True, description="replace groups whose rewards are all equal")
     oversample: float = Field(1.5, ge=1.0, description="prompts drawn per step, as a multiple of prompts_per_step")
     enable_thinking: bool = True
@@ -349,6 +350,7 @@ class DistillRecipe(RecipeBase):
     sampling: Sampling = Sampling(temperature=0.8)
     min_tokens: int = Field(4, ge=0)
     max_turns: int = Field(4, gt=0)
+    episode_tokens: int = Field(1024, gt=1, description="most tokens of an episode, prompt and tool results counted")
     select_hard_fraction: float = Field(
         1.0, gt=0.0, le=1.0, description="share of prompts kept, longest responses first; the report keeps 0.5"
     )
@@ -375,10 +377,16 @@ class EvalRecipe(RecipeBase):
     models: dict[str, str] = Field(min_length=1)
     tasks: list[str] = Field([], description="lm-eval task names; ours are listed by `glmctl eval --list`")
     problems: dict[str, str] = Field({}, description="task name -> problem file, scored by its verifier")
+    perplexity_texts: list[str] = Field([], description="JSON lines for glmctl_perplexity; none = the set that ships")
     limit: int | None = Field(None, gt=0)
     num_fewshot: int | None = Field(None, ge=0)
+    apply_chat_template: bool = Field(False, description="for tasks that are not ours; ours know when")
     enable_thinking: bool = True
     sampling: Sampling = Sampling(temperature=0.0)
+    max_turns: int = Field(4, gt=0, description="model turns in one episode of a problem")
+    speculative_limit: int = Field(16, ge=0, description="problems of each file decoded with and without MTP drafts")
+    batch_tokens: int = Field(8192, gt=0, description="most tokens in one forward pass")
+    max_slots: int = Field(64, gt=0, description="requests that generate at once")
     bootstrap_iters: int = Field(0, ge=0)
 
 

@@ -29,7 +29,7 @@ from glmctl.rl.episode import Trajectory
 from glmctl.rl.journal import Journal
 from glmctl.rl.learn import UpdateStats, check_versions, update, weigh
 from glmctl.rl.pack import pack
-from glmctl.rl.rollout import rollout
+from glmctl.rl.rollout import rollout, rollout_engine
 from glmctl.rl.score import GREEDY, Score, load_heldout, score_problems
 from glmctl.rl.seeds import derive_seed
 from glmctl.run.directory import Run, resolve_model
@@ -37,9 +37,6 @@ from glmctl.run.signals import StopFlag
 from glmctl.training.schedule import lr_at
 from glmctl.training.session import Session
 from glmctl.training.step import Stepper
-
-MAX_SLOTS = 128
-"""sequences that decode together: more than a served model has, for nobody waits for a single one"""
 
 
 def run(recipe: RlRecipe, run: Run) -> dict[str, Any]:
@@ -63,7 +60,7 @@ def run(recipe: RlRecipe, run: Run) -> dict[str, Any]:
         policy=recipe.checkpoint,
         trackers=recipe.trackers,
     )
-    engine = Engine(model, max_slots=MAX_SLOTS)
+    engine = rollout_engine(model, recipe.episode_tokens)
     journal = Journal(run, template)
 
     done = session.resume()

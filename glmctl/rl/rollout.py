@@ -8,14 +8,23 @@ from collections.abc import Sequence
 from glmctl.data.chat import ChatTemplate
 from glmctl.engine.engine import Engine
 from glmctl.engine.request import Request, SamplingParams
-from glmctl.errors import EnvironmentProblem
+from glmctl.errors import EnvironmentProblem, RecipeError
+from glmctl.model.network import GlmMoe
 from glmctl.recipe.schema import Sampling
 from glmctl.rl.environment import Problem, StopReason
 from glmctl.rl.episode import Episode, Trajectory
 from glmctl.rl.seeds import derive_seed
 
+MAX_SLOTS = 128
+"""sequences that decode together: more than a served model has, for nobody waits for a single one"""
+
 INFRASTRUCTURE_LIMIT = 0.2
 """share of failed episodes above which a batch says more about the machine than about the model"""
+
+
+def rollout_engine(model: GlmMoe, episode_tokens: int) -> Engine:
+    """An engine for episodes of at most `episode_tokens` tokens (and never more than the model's context)."""
+    return Engine(model, max_slots=MAX_SLOTS, max_length=min(episode_tokens, model.config.max_position_embeddings))
 
 
 def rollout(
@@ -33,7 +42,8 @@ def rollout(
 
     `sampling.max_tokens` bounds one turn. Every random draw is a function of (seed, id of the problem, sample, turn),
     so a trajectory does not depend on what else is in the batch. An episode that its environment or the engine fails
-    comes back with reward None; more than a fifth of such episodes raise EnvironmentProblem.
+    comes back with reward None; more than a fifth of such episodes raise EnvironmentProblem. A prompt that does not
+    fit into the engine raises RecipeError.
     """
     running: dict[str, Episode] = {}
     stop_ids = tuple(template.tokenizer.eos_ids)
@@ -42,11 +52,17 @@ def rollout(
         """Ask the engine for the episode's next turn, unless the episode is over or the context is full."""
         trajectory = episode.trajectory
         room = engine.max_length - len(trajectory.tokens)
+        turn = len(trajectory.versions)
         if not episode.done and room <= 0:
+            if turn == 0:
+                raise RecipeError(
+                    f"problem {trajectory.problem_id}: its prompt has {len(trajectory.tokens)} tokens, "
+                    f"an episode {engine.max_length}",
+                    hint="raise episode_tokens (the model's context is the most)",
+                )
             episode.truncate()
         if episode.done:
             return
-        turn = len(trajectory.versions)
         params = SamplingParams(
             max_tokens=min(sampling.max_tokens, room),
             temperature=sampling.temperature,

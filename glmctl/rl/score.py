@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from glmctl.data.chat import ChatTemplate
 from glmctl.engine.engine import Engine
 from glmctl.errors import RecipeError
@@ -14,7 +16,7 @@ from glmctl.model.network import GlmMoe
 from glmctl.recipe.schema import Sampling
 from glmctl.rl.environment import Problem, read_problems
 from glmctl.rl.episode import Trajectory
-from glmctl.rl.rollout import rollout
+from glmctl.rl.rollout import rollout, rollout_engine
 from glmctl.run.directory import resolve_model
 
 GREEDY = Sampling(temperature=0.0)
@@ -48,6 +50,7 @@ def score(
     enable_thinking: bool = True,
     seed: int = 0,
     max_turns: int = 4,
+    episode_tokens: int = 1024,
     template: ChatTemplate | None = None,
 ) -> Score:
     """Score a model folder, run directory, or a live model (then `template` is needed) on the first `limit` problems
@@ -56,10 +59,11 @@ def score(
     problems = load_heldout(problem_files, limit)
     if not isinstance(model, GlmMoe):
         folder = resolve_model(model)
-        model, template = load_model(folder), template or ChatTemplate.load(folder)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model, template = load_model(folder, device=device), template or ChatTemplate.load(folder)
     if template is None:
         raise ValueError("a live model is scored with its chat template")
-    engine = Engine(model)
+    engine = rollout_engine(model, episode_tokens)
     return score_problems(
         engine,
         template,

@@ -17,6 +17,8 @@ from glmctl.console import duration
 MAX_POINTS = 400
 """A series longer than this is thinned to the lowest and highest point of equal stretches: spikes stay visible."""
 
+LARGEST = 1e150
+
 Point = tuple[float, float]
 
 
@@ -121,8 +123,8 @@ def smoothed(points: Sequence[Point], window: int) -> list[Point]:
 
 
 def finite(points: Sequence[Point]) -> list[Point]:
-    """The points that can be drawn."""
-    return [(float(x), float(y)) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    """The points that can be drawn: finite, and not so large that a difference of two overflows."""
+    return [(float(x), float(y)) for x, y in points if abs(x) < LARGEST and abs(y) < LARGEST]
 
 
 def _svg(frame: Frame, title: str, body: list[str], kind: str, *, unit: str = "") -> str:

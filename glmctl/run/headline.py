@@ -45,7 +45,14 @@ SHARES = (
 
 
 def headline(kind: str, summary: Mapping[str, Any], limit: int = 8) -> dict[str, Any]:
-    """The figures of one stage that its type is about, at most `limit`; the first scalars for an unknown type."""
+    """The figures of one stage that its type is about, at most `limit`; the first scalars for an unknown type.
+
+    Of an evaluation those of its last model.
+    """
+    if kind == "eval" and summary:
+        # the last model is the one that the others lead up to
+        model = list(summary)[-1].partition("/")[0]
+        summary = {key: value for key, value in summary.items() if key.startswith(f"{model}/")}
     found: dict[str, Any] = {}
     for pattern in HEADLINES.get(kind, ("*",)):
         found.update({k: v for k, v in summary.items() if _scalar(v) and k not in found and fnmatchcase(k, pattern)})

@@ -14,6 +14,7 @@ from typing import Any
 
 from glmctl import __version__
 from glmctl.console import duration, number
+from glmctl.model.config import ModelConfig
 from glmctl.run import atomic
 from glmctl.run.charts import timeline
 from glmctl.run.headline import figure, headline, words
@@ -63,13 +64,11 @@ def header(name: str, stages: list[StageView]) -> str:
 
 def _facts(stages: list[StageView]) -> Iterator[tuple[str, str]]:
     yield duration(sum(stage.seconds for stage in stages)), "of work"
-    for stage in stages:
-        if "parameters" in stage.summary:
-            active = stage.summary.get("parameters_active")
-            yield number(stage.summary["parameters"]), "parameters"
-            if active is not None:
-                yield number(active), "active for a token"
-            break
+    shape = next((stage.recipe["model"] for stage in of_kind(stages, "pretrain") if "model" in stage.recipe), None)
+    if isinstance(shape, dict):
+        counts = ModelConfig.model_validate(shape).parameter_counts()
+        yield number(counts.total), "parameters"
+        yield number(counts.active), "of them active for a token"
     env = next((stage.env for stage in reversed(stages) if stage.env), {})
     machine = " ".join(str(env[key]) for key in ("system", "machine") if env.get(key))
     if machine:
@@ -119,8 +118,8 @@ def _tile_values(stages: list[StageView]) -> Iterator[tuple[str, str, str]]:
 
 
 def _first(stages: list[StageView], key: str) -> Any:
-    """The last stage's value of `key`, under that name or as `<model>/key`."""
-    for stage in reversed(stages):
+    """The value of `key`, under that name or as `<model>/key`, of the last evaluation, else of the last stage."""
+    for stage in [*reversed(of_kind(stages, "eval")), *reversed(stages)]:
         for name, value in reversed(stage.summary.items()):
             if (name == key or name.endswith(f"/{key}")) and value is not None:
                 return value

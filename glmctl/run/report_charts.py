@@ -62,9 +62,9 @@ def pretrain_section(stage: StageView) -> str:
     rows = stage.rows
     x = "tokens" if any("tokens" in row for row in rows) else "step"
     train = column(rows, x, "loss")
-    validation = column(rows, x, "validation_loss")
+    validation = _validation(rows, x)
     if not validation and "validation_loss" in stage.summary and train:
-        validation = [(train[-1][0], float(stage.summary["validation_loss"]))]
+        validation = [("validation", [(train[-1][0], float(stage.summary["validation_loss"]))])]
     unigram = stage.summary.get("unigram_entropy")
     floor = [Mark(float(unigram), f"unigram entropy {float(unigram):.2f}")] if unigram is not None else []
     borders = stage_borders(rows, x)
@@ -72,10 +72,10 @@ def pretrain_section(stage: StageView) -> str:
     violation, rate, batch = column(rows, x, "max_vio"), column(rows, x, "lr"), column(rows, x, "batch_tokens")
     norm = column(rows, x, "grad_norm")
     charts: list[str] = []
-    if _has(train, validation):
+    if train or validation:
         lines = [
             Series("train", train, smooth=_window(train)),
-            Series("validation", validation, markers=len(validation) <= 40, color=1),
+            *(Series(name, points, markers=len(points) <= 40) for name, points in validation),
         ]
         loss = line_chart(
             lines,
@@ -139,6 +139,18 @@ def stage_borders(rows: Rows, x: str) -> list[Mark]:
             marks.append(Mark(float(row[x]), str(now)))
         before = now
     return marks
+
+
+def _validation(rows: Rows, x: str) -> list[tuple[str, list[Point]]]:
+    """Validation loss as one line for each training stage: every stage has a held-out text of its own."""
+    names = list(dict.fromkeys(str(row.get("stage", "")) for row in rows if "validation_loss" in row))
+    return [
+        (
+            f"validation, {name}" if name and len(names) > 1 else "validation",
+            column([row for row in rows if str(row.get("stage", "")) == name], x, "validation_loss"),
+        )
+        for name in names
+    ]
 
 
 def load_maps(rows: Rows) -> list[str]:

@@ -14,19 +14,20 @@ from typing import Any
 from glmctl.run.view import StageView, of_kind
 
 MAX_SAMPLES = 6
-"""Shown for each stage; the file holds them all."""
+"""Prompts shown for each stage; the file holds them all."""
+MAX_SIDES = 4
+"""Models or modes shown side by side for one prompt."""
 
 _PARTS = re.compile(r"(<think>.*?(?:</think>|\Z))|(<tool_call>.*?(?:</tool_call>|\Z))", re.DOTALL)
 _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 """A young model writes control characters; the page shows their Unicode pictures."""
-_BEFORE = ("before", "start", "first")
 
 
 def sample_section(stages: list[StageView]) -> str:
     """For each stage with samples a card: the prompt, and under it what was written before and after."""
     cards = []
     for stage in stages:
-        shown = list(_grouped(stage.samples))[:MAX_SAMPLES]
+        shown = list(_grouped(stage.samples))[:MAX_SAMPLES] if stage.kind != "serve" else []
         if shown:
             body = "".join(_sample(prompt, rows) for prompt, rows in shown)
             cards.append(f'<div class="card wide"><h3>{escape(stage.name)}</h3>{body}</div>')
@@ -40,25 +41,31 @@ def reply_section(stages: list[StageView]) -> str:
     """What the served model answered to the official client."""
     cards = []
     for stage in of_kind(stages, "serve"):
-        rows = [row for row in stage.samples if row_reply(row)]
+        rows = list(stage.samples)
         if not rows and stage.summary.get("reply"):
             rows = [{"prompt": stage.summary.get("asked", ""), "reply": stage.summary["reply"]}]
-        for row in rows[:MAX_SAMPLES]:
-            cards.append(f'<div class="card wide">{_sample(row_prompt(row), [row])}</div>')
-    if not cards:
+        body = "".join(_sample(prompt, group) for prompt, group in list(_grouped(rows))[:MAX_SAMPLES])
+        cards.append(f'<div class="card wide">{body}</div>' if body else "")
+    if not any(cards):
         return ""
     text = "Asked over HTTP with the official openai client."
     return f'<h2>The served reply</h2><p>{text}</p><div class="grid">{"".join(cards)}</div>'
 
 
 def _grouped(samples: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Rows with the same prompt together: of those, the earliest and the latest. Prompts in order of appearance."""
+    """Rows with the same prompt together, prompts in order of appearance.
+
+    Of one model's answers over time the first and the last; of several models, or modes, one each.
+    """
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in samples:
-        if row_reply(row):
-            groups.setdefault(row_prompt(row), []).append(row)
+        groups.setdefault(row_prompt(row), []).append(row)
     for prompt, rows in groups.items():
-        yield prompt, [rows[0], rows[-1]] if len(rows) > 1 else rows
+        sides = {(str(row.get("model")), row.get("thinking")): row for row in rows}
+        if len(sides) > 1:
+            yield prompt, list(sides.values())[:MAX_SIDES]
+        else:
+            yield prompt, [rows[0], rows[-1]] if len(rows) > 1 else rows
 
 
 def row_prompt(row: Mapping[str, Any]) -> str:
@@ -71,7 +78,12 @@ def row_prompt(row: Mapping[str, Any]) -> str:
 
 
 def row_reply(row: Mapping[str, Any]) -> str:
-    """What was written: the first of the usual keys, else the messages after the last user turn, rendered."""
+    """What was written: the first of the usual keys, else the messages after the last user turn, rendered.
+
+    A row that keeps `reasoning` and `tool_calls` apart from its `reply` is put together again.
+    """
+    if isinstance(row.get("reply"), str) and (row.get("reasoning") or row.get("tool_calls")):
+        return message_text({**row, "role": "assistant", "content": row["reply"]})
     for key in ("reply", "completion", "text", "response", "output", "sample"):
         value = row.get(key)
         if isinstance(value, str):
@@ -112,30 +124,31 @@ def _sample(prompt: str, rows: list[dict[str, Any]]) -> str:
     wide = " one" if len(rows) == 1 else ""
     text = f'<span class="who">asked</span><div class="text">{escape(prompt.translate(_CONTROLS))}</div>'
     ask = f'<div class="ask">{text}</div>' if prompt else ""
-    return f'<div class="sample{wide}">{ask}{"".join(_reply(row, len(rows)) for row in rows)}</div>'
+    replies = "".join(_reply(row, last=len(rows) > 1 and row is rows[-1]) for row in rows)
+    return f'<div class="sample{wide}">{ask}{replies}</div>'
 
 
-def _reply(row: dict[str, Any], count: int) -> str:
+def _reply(row: dict[str, Any], *, last: bool) -> str:
     badge = ""
     reward = row.get("reward", row.get("correct"))
     if isinstance(reward, bool | int | float):
         right = float(reward) > 0.5
         badge = f'<i class="badge {"right" if right else "wrong"}">{"right" if right else "wrong"}</i>'
-    label = escape(_label(row, count))
+    label = escape(_label(row, last=last))
     return f'<div><span class="who">{label}{badge}</span><div class="text">{marked(row_reply(row))}</div></div>'
 
 
-def _label(row: Mapping[str, Any], count: int) -> str:
-    """`before`, `after`, `step 40` or `answered`, with the model's name where the row has one."""
-    when = str(row.get("when") or row.get("phase") or "")
+def _label(row: Mapping[str, Any], *, last: bool) -> str:
+    """The model's name; else `before` and `after`, from the row itself or from its step; else how it was asked."""
+    if row.get("model"):
+        return str(row["model"])
+    if isinstance(row.get("thinking"), bool):
+        return "answered" if row["thinking"] else "answered, told /nothink"
+    when = str(row.get("when") or "")
     if not when and isinstance(row.get("step"), int):
-        when = f"step {row['step']}"
-    if not when:
-        when = "answered" if count == 1 else "written"
-    if when in _BEFORE:
-        when = "before"
-    who = row.get("model") or row.get("teacher") or row.get("task")
-    return f"{when} · {who}" if who else when
+        when = "before" if row["step"] == 0 else f"after step {row['step']}" if last else f"step {row['step']}"
+    who = row.get("teacher")
+    return " · ".join(str(part) for part in (when or "answered", who) if part)
 
 
 def marked(text: str) -> str:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from glmctl.errors import DataError
 from glmctl.kernels.newton_schulz import newton_schulz
@@ -72,6 +73,63 @@ class MuonGroup:
         return self.momenta[name]
 
 
+@dataclass
+class AdamWGroup:
+    """The parameters that AdamW updates, by name. `decayed` names those that weight decay applies to.
+
+    torch's own fused kernel through its functional form: the optimizer class would import torch._dynamo, which
+    costs every command seconds.
+    """
+
+    named: dict[str, nn.Parameter]
+    decayed: frozenset[str]
+    spec: MuonSpec | AdamWSpec
+    lr: float
+    state: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """name -> exp_avg, exp_avg_sq (shaped like the parameter) and step (fp32 scalar)"""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Decoupled weight decay, then the bias-corrected Adam update (Loshchilov and Hutter 2019, algorithm 2)."""
+        for decay in {self.spec.weight_decay, 0.0}:
+            names = [
+                name
+                for name, parameter in self.named.items()
+                if parameter.grad is not None and (name in self.decayed) == (decay > 0)
+            ]
+            if names:
+                self._apply(names, decay)
+
+    def _apply(self, names: list[str], decay: float) -> None:
+        states = [self._state(name) for name in names]
+        adamw(
+            [self.named[name] for name in names],
+            [_gradient(self.named[name]) for name in names],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=self.spec.betas[0],
+            beta2=self.spec.betas[1],
+            lr=self.lr,
+            weight_decay=decay,
+            eps=self.spec.eps,
+            maximize=False,
+        )
+
+    def _state(self, name: str) -> dict[str, Tensor]:
+        if name not in self.state:
+            parameter = self.named[name]
+            self.state[name] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        return self.state[name]
+
+
 class HasNamedParameters(Protocol):
     """A module, as far as an optimizer is concerned."""
 
@@ -93,16 +151,11 @@ class MixedOptimizer:
             matrices = {name: p for name, p in self.named.items() if uses_muon(name, p, spec)}
             rest = {name: p for name, p in self.named.items() if name not in matrices}
             self.muon = MuonGroup(matrices, spec, lr)
-        self._adamw_named = rest
-        self.adamw = torch.optim.AdamW(
-            _adamw_groups(rest, spec), lr=lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=True
-        )
-        self.set_lr(lr)
+        self.adamw = AdamWGroup(rest, _decayed(rest, spec), spec, lr)
 
     def set_lr(self, lr: float) -> None:
         """The rate of the next step, one for all parameters."""
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
+        self.adamw.lr = lr
         if self.muon is not None:
             self.muon.lr = lr
 
@@ -126,42 +179,38 @@ class MixedOptimizer:
         tensors: dict[str, Tensor] = {}
         if self.muon is not None:
             tensors |= {f"muon.momentum.{name}": value for name, value in self.muon.momenta.items()}
-        for name, parameter in self._adamw_named.items():
-            for key, value in self.adamw.state.get(parameter, {}).items():
-                tensors[f"adamw.{key}.{name}"] = value
+        for name, state in self.adamw.state.items():
+            tensors |= {f"adamw.{key}.{name}": value for key, value in state.items()}
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take up the state that `state_tensors` gave. DataError for a tensor that is missing, extra or mis-shaped."""
         momenta: dict[str, Tensor] = {}
-        adamw: dict[str, dict[str, Tensor]] = {}
+        moments: dict[str, dict[str, Tensor]] = {}
         for full, value in tensors.items():
             kind, _, rest = full.partition(".")
             key, _, name = rest.partition(".")
             owner = self._owner(kind, key, name)
             if owner is None or (key != "step" and value.shape != owner.shape):
                 raise DataError(f"optimizer state '{full}' {list(value.shape)} does not fit this model and optimizer")
+            mine = value.to(owner.device, copy=True)
             if kind == "muon":
-                momenta[name] = value.to(owner.device, copy=True)
+                momenta[name] = mine
             else:
-                # AdamW keeps its step counts on the CPU unless it is capturable or fused on a GPU
-                device = owner.device
-                adamw.setdefault(name, {})[key] = value.to(device, copy=True)
-        for name, state in adamw.items():
+                moments.setdefault(name, {})[key] = mine
+        for name, state in moments.items():
             missing = {"step", "exp_avg", "exp_avg_sq"} - state.keys()
             if missing:
                 raise DataError(f"optimizer state '{sorted(missing)[0]}' of '{name}' is missing")
         if self.muon is not None:
             self.muon.momenta = momenta
-        self.adamw.state.clear()
-        for name, state in adamw.items():
-            self.adamw.state[self._adamw_named[name]] = state
+        self.adamw.state = moments
 
     def _owner(self, kind: str, key: str, name: str) -> nn.Parameter | None:
         if kind == "muon" and key == "momentum" and self.muon is not None:
             return self.muon.named.get(name)
         if kind == "adamw" and key in ("step", "exp_avg", "exp_avg_sq"):
-            return self._adamw_named.get(name)
+            return self.adamw.named.get(name)
         return None
 
 
@@ -177,13 +226,11 @@ def uses_muon(name: str, parameter: Tensor, spec: MuonSpec) -> bool:
     return name != HEAD or spec.head == "muon"
 
 
-def _adamw_groups(named: dict[str, nn.Parameter], spec: MuonSpec | AdamWSpec) -> list[dict[str, Any]]:
+def _decayed(named: dict[str, nn.Parameter], spec: MuonSpec | AdamWSpec) -> frozenset[str]:
     """Beside Muon everything decays alike (Moonlight); alone, AdamW decays matrices only."""
-    if isinstance(spec, MuonSpec):
-        return [{"params": list(named.values())}]
-    matrices = [p for p in named.values() if p.dim() >= 2]
-    vectors = [p for p in named.values() if p.dim() < 2]
-    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    if spec.weight_decay == 0:
+        return frozenset()
+    return frozenset(name for name, p in named.items() if isinstance(spec, MuonSpec) or p.dim() >= 2)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

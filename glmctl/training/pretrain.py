@@ -77,7 +77,12 @@ def run(recipe: PretrainRecipe, run: Run) -> dict[str, Any]:
                 center=recipe.balance.center,
             )
             batch_tokens = step.sequences * stage.sequence_length
-            row: dict[str, Any] = {"tokens": step.tokens, "stage": stage.name, "lr": step.lr, "batch_tokens": batch_tokens}
+            row: dict[str, Any] = {
+                "tokens": step.tokens,
+                "stage": stage.name,
+                "lr": step.lr,
+                "batch_tokens": batch_tokens,
+            }
             row |= clock.read(batch_tokens)
             if step.ends_stage or step.number % recipe.validation.every_steps == 0:
                 row["validation_loss"] = stage.validation_loss(model, accelerator, recipe.batch.micro_tokens)

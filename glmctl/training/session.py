@@ -116,7 +116,8 @@ class Session:
     def save(self, step: int) -> None:
         """Write a checkpoint of this moment."""
         if self.run.writer:
-            state = {"step": step, "stepper": self.stepper.state()}
+            config = self.model.config.model_dump(mode="json")
+            state = {"step": step, "stepper": self.stepper.state(), "model": config}
             checkpoint.save(self.run.checkpoints, self.model, self.optimizer, state, keep=self.policy.keep)
             self.run.record_time()
         self.accelerator.wait_for_everyone()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from glmctl.errors import DataError
+from glmctl.model.config import ModelConfig
 from glmctl.run.report import report
 from glmctl.run.report_samples import marked, message_text, row_prompt, row_reply
 
@@ -96,7 +97,10 @@ def build_pipeline(root: Path) -> Path:
     write_stage(
         root,
         "pretrain",
-        {"type": "pretrain"},
+        {
+            "type": "pretrain",
+            "model": ModelConfig(vocab_size=2048, n_routed_experts=8, num_experts_per_tok=2).model_dump(),
+        },
         {
             "validation_loss": 3.094,
             "unigram_entropy": 6.21,
@@ -106,8 +110,6 @@ def build_pipeline(root: Path) -> Path:
             "tokens_per_second": 9120.0,
             "mtp_loss": 3.61,
             "max_vio": 0.09,
-            "parameters": 2_843_392,
-            "parameters_active": 1_100_000,
         },
         seconds=361.0,
         rows=pretrain,
@@ -131,8 +133,8 @@ def build_pipeline(root: Path) -> Path:
     rl_rows = [
         {
             "step": s,
-            "reward": min(1.0, 0.42 + 0.5 * (1 - math.exp(-s / 18)) + rng.gauss(0, 0.04)),
-            "response_tokens": 38 + rng.gauss(0, 2),
+            "reward_mean": min(1.0, 0.42 + 0.5 * (1 - math.exp(-s / 18)) + rng.gauss(0, 0.04)),
+            "tokens_mean": 38 + rng.gauss(0, 2),
             "entropy": 0.5 * math.exp(-s / 30) + 0.05,
             **({"heldout": 0.41 + 0.45 * (1 - math.exp(-s / 18))} if s % 20 == 0 else {}),
         }
@@ -159,8 +161,9 @@ def build_pipeline(root: Path) -> Path:
         seconds=128.0,
         rows=rl_rows,
         samples=[
-            {"when": "before", "prompt": "Compute 17+25-8.", "reply": think.replace("34", "33"), "reward": 0.0},
-            {"when": "after", "prompt": "Compute 17+25-8.", "reply": think, "reward": 1.0},
+            {"step": 0, "prompt": "Compute 17+25-8.", "reply": think.replace("34", "33"), "reward": 0.0},
+            {"step": 20, "prompt": "Compute 17+25-8.", "reply": think.replace("34", "35"), "reward": 0.0},
+            {"step": 60, "prompt": "Compute 17+25-8.", "reply": think, "reward": 1.0},
         ],
     )
     write_stage(
@@ -203,13 +206,28 @@ def build_pipeline(root: Path) -> Path:
             "hybrid/mtp_identical": True,
         },
         seconds=31.0,
+        samples=[
+            {"model": name, "prompt": "Compute 3+4.", "reply": reply, "reward": reward}
+            for name, reply, reward in (("base", "self.x = 3", 0.0), ("hybrid", "<think>3+4=7</think>\n7", 1.0))
+        ],
     )
     write_stage(
         root,
         "serve",
         {"type": "serve"},
-        {"asked": "Compute 12+7.", "reply": "<think>12+7=19.</think>\n19", "mtp_acceptance": 0.7},
+        {"reply": "19", "mtp_acceptance": 0.7},
         seconds=4.2,
+        samples=[
+            {"prompt": "Compute 12+7.", "thinking": True, "reasoning": "12+7=19", "reply": "19", "tool_calls": []},
+            {"prompt": "Compute 12+7.", "thinking": False, "reasoning": "", "reply": "19", "tool_calls": []},
+            {
+                "prompt": "Price of 3 cup?",
+                "thinking": True,
+                "reasoning": "price",
+                "reply": "",
+                "tool_calls": [{"name": "price", "arguments": {"item": "cup", "count": 3}}],
+            },
+        ],
     )
     order = [
         *("tokenizer", "data", "arithmetic", "tools", "pretrain", "reasoning-sft", "rl", "tools-sft"),
@@ -263,11 +281,20 @@ def test_the_page_is_well_formed_self_contained_and_shows_every_section(tmp_path
         *("Distillation into one hybrid model", "Evaluation", "In its own words", "The served reply"),
     ):
         assert f"<h2>{heading}</h2>" in text
-    for piece in ("unigram entropy 6.21", "long context", "Expert load at the end", "MTP drafts accepted", "2,843,392"):
+    for piece in (
+        "unigram entropy 6.21",
+        "long context",
+        "Expert load at the end",
+        "MTP drafts accepted",
+        "active for a token",
+    ):
         assert piece in text
     rows = re.findall(r'<td class="name">.*?</span>([\w-]+)</td>', text)
     assert rows[:2] == ["tokenizer", "data"]
     assert rows[-1] == "serve", "the table is in pipeline order"
+    assert "after step 60" in text
+    assert "answered, told /nothink" in text
+    assert "validation, long context" in text
     assert len(text) < 700_000
 
 

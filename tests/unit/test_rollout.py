@@ -14,7 +14,7 @@ from glmctl.data.chat import ChatTemplate
 from glmctl.data.tokenizer import Tokenizer
 from glmctl.engine.engine import Engine
 from glmctl.engine.request import Event, Request
-from glmctl.errors import DataError, EnvironmentProblem
+from glmctl.errors import DataError, EnvironmentProblem, RecipeError
 from glmctl.kernels.linear_cross_entropy import token_log_probs
 from glmctl.model.config import ModelConfig
 from glmctl.model.network import GlmMoe
@@ -164,6 +164,13 @@ def test_a_full_context_is_truncation(template) -> None:
     engine.max_length = prompt + turn
     (one,) = run(engine, template, problem)
     assert (one.stop_reason, one.reward, len(engine.requests)) == (StopReason.TRUNCATED, 0.0, 1)
+
+
+def test_a_prompt_that_does_not_fit_is_the_recipes_fault_not_the_models(template) -> None:
+    engine = says(template, "\n<think>x</think>\n5<|user|>")
+    engine.max_length = 50
+    with pytest.raises(RecipeError, match="its prompt has"):
+        run(engine, template, shop(1))
 
 
 class Broken:

@@ -79,7 +79,7 @@ def test_uniforms_are_uniform_and_uncorrelated_between_seeds() -> None:
     index = np.arange(20_000)
     streams = [uniforms(np.full(20_000, stream_of(seed), np.uint64), index) for seed in range(4)]
     for u in streams:
-        assert 0.0 <= u.min()
+        assert u.min() >= 0.0
         assert u.max() < 1.0
         counts = np.bincount((u * 64).astype(int), minlength=64)
         assert chi_square(counts, np.full(64, 20_000 / 64)) < 63 + 5 * 126**0.5
@@ -127,7 +127,9 @@ def test_top_logprobs_are_the_likeliest_and_include_what_the_row_asked_for() -> 
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0, 4]), st.sampled_from([1.0, 0.7]), st.integers()),
+        st.tuples(
+            st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0, 4]), st.sampled_from([1.0, 0.7]), st.integers()
+        ),
         min_size=1,
         max_size=9,
     ),

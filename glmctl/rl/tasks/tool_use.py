@@ -107,12 +107,11 @@ def demonstrate(problem: Problem) -> Conversation:
     messages: list[Message] = [{"role": "user", "content": problem.prompt}]
     result = ""
     for call in expected_calls(problem):
-        reasoning = f"{result}, {call['name']}" if result else str(call["name"])
-        turn = {"role": "assistant", "reasoning_content": reasoning, "content": ""}
+        turn = {"role": "assistant", "reasoning_content": call["name"], "content": ""}
         messages.append({**turn, "tool_calls": [{"type": "function", "function": call}]})
         result = shop.run(call)
         messages.append({"role": "tool", "content": result})
-    messages.append({"role": "assistant", "reasoning_content": f"{result}, done", "content": result})
+    messages.append({"role": "assistant", "reasoning_content": "done", "content": result})
     return Conversation(messages=messages, tools=TOOLS)
 
 
@@ -174,17 +173,18 @@ def _shop(problem: Problem) -> Shop:
 
 
 def _draw(spec: ToolUseTask, rng: random.Random) -> Problem:
+    # quoted, because a word behind a quote has the same tokens as inside <arg_value>: it can be copied as it stands
     kind, item = rng.choice(list(KINDS)), rng.choice(ITEMS)
     state: dict[str, Any] = {"kind": kind, "item": item, "seed": rng.getrandbits(32), "max_value": spec.max_value}
     if kind == "price":
         state["count"] = rng.randint(2, max(2, spec.max_value))
-        prompt = f"Price of {state['count']} {item}?"
+        prompt = f'Price of {state["count"]} "{item}"?'
     elif kind == "stock":
         state["city"] = rng.choice(CITIES)
-        prompt = f"Stock of {item} in {state['city']}?"
+        prompt = f'Stock of "{item}" in "{state["city"]}"?'
     else:
         state["name"] = rng.choice(NAMES)
-        prompt = f"Stock of {item} near {state['name']}?"
+        prompt = f'Stock of "{item}" near "{state["name"]}"?'
     unsolved = Problem(f"tool_use/{prompt}", "tool_use", prompt, 0, state)
     answer = int(_shop(unsolved).run(expected_calls(unsolved)[-1]))
     return Problem(unsolved.id, unsolved.task, prompt, answer, state)

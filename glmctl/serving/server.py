@@ -1,0 +1,142 @@
+"""The listening socket and the life of the server process: bind, serve, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+
+import uvicorn
+
+from glmctl.errors import EnvironmentProblem, RecipeError
+from glmctl.serving.app import create_app
+from glmctl.serving.service import Service
+
+DRAIN_SECONDS = 30
+MAX_HEADER_BYTES = 64 * 1024
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` is an address of this machine that no other can reach."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_exposure(host: str, key: str | None) -> None:
+    """RecipeError for a host that others can reach while no key is set."""
+    if key is None and not is_loopback(host):
+        raise RecipeError(
+            f"host: '{host}' can be reached from other machines, and no API key is set",
+            hint="set GLMCTL_API_KEY, or serve on 127.0.0.1",
+        )
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket. EnvironmentProblem when the port is taken or forbidden, RecipeError for no such host."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise RecipeError(f"host: '{host}' is not an address of this machine: {error.strerror}") from error
+    family, kind, protocol, _, address = found[0]
+    listening = socket.socket(family, kind, protocol)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind(address)
+        listening.listen(1024)
+    except OSError as error:
+        listening.close()
+        hint = "another server is running; choose another port (0 = any free one)"
+        why = error.strerror or str(error)
+        raise EnvironmentProblem(
+            f"cannot listen on {host}:{port}: {why}", hint=hint if error.errno == errno.EADDRINUSE else None
+        ) from error
+    return listening
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn, leaving signals to us: it would re-raise SIGTERM after a clean drain, and exit by it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Server:
+    """A service on a socket. Either `serve_until_signal` on the main thread, or `start` and `stop` from another."""
+
+    def __init__(self, service: Service, host: str, port: int, *, key: str | None = None) -> None:
+        """Binds at once. Errors: see `check_exposure` and `bind`."""
+        check_exposure(host, key)
+        self._service = service
+        self._socket = bind(host, port)
+        app = create_app(service, key=key, loopback=is_loopback(host))
+        config = uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            timeout_graceful_shutdown=DRAIN_SECONDS,
+        )
+        self._uvicorn = _Uvicorn(config)
+        self._thread: threading.Thread | None = None
+        self.host = host
+        self.port: int = self._socket.getsockname()[1]
+
+    @property
+    def url(self) -> str:
+        """Where clients find it."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    def drain(self) -> None:
+        """Take no new work, let streams finish, then stop. A second call stops at once."""
+        if self._uvicorn.should_exit:
+            self._uvicorn.force_exit = True
+        self._service.draining = True
+        self._uvicorn.should_exit = True
+
+    def serve_until_signal(self) -> int:
+        """Serve until SIGTERM or SIGINT, drain, and return the signal's number. A second signal stops at once."""
+        received: list[int] = []
+
+        async def serve() -> None:
+            loop = asyncio.get_running_loop()
+
+            def on_signal(number: int) -> None:
+                received.append(number)
+                self.drain()
+
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, on_signal, number)
+            await self._uvicorn.serve(sockets=[self._socket])
+
+        asyncio.run(serve())
+        if not received:
+            raise EnvironmentProblem("the server stopped by itself")
+        return received[0]
+
+    def start(self) -> None:
+        """Serve on a thread; returns when requests are taken (they wait in the socket until then)."""
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._uvicorn.serve(sockets=[self._socket])), name="glmctl-http", daemon=True
+        )
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Drain and wait for the end of the thread."""
+        assert self._thread is not None
+        self.drain()
+        self._thread.join()

@@ -1,0 +1,179 @@
+"""What every route needs: the model's name, its tokenizer and template, the engine, and one way to start work."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request as HttpRequest
+from starlette.responses import StreamingResponse
+
+from glmctl.data.chat import ChatTemplate
+from glmctl.data.tokenizer import Tokenizer
+from glmctl.engine.request import Event, Request, SamplingParams, check_prompt
+from glmctl.errors import DataError, GlmctlError
+from glmctl.serving.api_error import ApiError
+from glmctl.serving.exchange import ClientGone, Exchange
+from glmctl.serving.metrics import Metrics
+from glmctl.serving.protocol import Generation
+from glmctl.serving.sse import DONE, chunk
+from glmctl.serving.worker import EngineWorker
+
+
+@dataclass
+class Service:
+    """One served model. `draining` is set when the server has been told to stop."""
+
+    name: str
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    worker: EngineWorker
+    metrics: Metrics = field(default_factory=Metrics)
+    draining: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        ids = range(self.tokenizer.vocab_size)
+        self._longest_token = max(len(self.tokenizer.decode_bytes([index])) for index in ids)
+
+    def check_model(self, name: str) -> None:
+        """ApiError 404 unless `name` is the served model."""
+        if name != self.name:
+            raise ApiError(
+                404,
+                f"the model '{name[:80]}' does not exist; '{self.name}' does",
+                param="model",
+                code="model_not_found",
+            )
+
+    def check_size(self, characters: int, param: str) -> None:
+        """ApiError 400 for text that cannot fit the context even at the longest tokens, before it is tokenized."""
+        if characters > self._longest_token * self.worker.max_length:
+            raise _too_long(f"{characters} characters", self.worker.max_length, param)
+
+    async def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        enable_thinking: bool,
+    ) -> list[int]:
+        """The prompt's token ids; off the event loop, since a long text takes a while."""
+        self.check_size(sum(len(message.get("content") or "") for message in messages), "messages")
+        try:
+            return await asyncio.to_thread(
+                self.template.encode_prompt, messages, tools, enable_thinking=enable_thinking
+            )
+        except DataError as error:
+            raise ApiError(400, f"messages: {error.message}", param="messages") from error
+
+    async def encode_text(self, text: str, param: str) -> list[int]:
+        """Token ids of plain text, special strings recognised."""
+        self.check_size(len(text), param)
+        return await asyncio.to_thread(self.tokenizer.encode, text)
+
+    def budget(self, prompt: Sequence[int], asked: int | None, param: str, limit_name: str) -> int:
+        """How many tokens may be generated. ApiError 400 when prompt and answer do not fit the context."""
+        context = self.worker.max_length
+        if len(prompt) >= context:
+            raise _too_long(f"{len(prompt)} tokens", context, param)
+        try:
+            check_prompt(prompt, self.worker.vocab_size, context)
+        except GlmctlError as error:
+            raise ApiError(400, f"{param}: {error.message}", param=param) from error
+        room = context - len(prompt)
+        if asked is not None and asked > room:
+            raise ApiError(
+                400,
+                f"{limit_name}: the prompt has {len(prompt)} tokens and the context holds {context}, "
+                f"which leaves {room}, not {asked}",
+                param=limit_name,
+                code="context_length_exceeded",
+            )
+        return room if asked is None else asked
+
+    def sampling(self, body: Generation, max_tokens: int, top_logprobs: int) -> list[SamplingParams]:
+        """Parameters of each of the `n` answers to one prompt. Without a seed, every request draws its own."""
+        seed = secrets.randbits(64) if body.seed is None else body.seed
+        return [
+            SamplingParams(
+                max_tokens=max_tokens,
+                temperature=1.0 if body.temperature is None else body.temperature,
+                top_p=1.0 if body.top_p is None else body.top_p,
+                top_k=max(0, body.top_k or 0),
+                min_p=body.min_p or 0.0,
+                stop_ids=self.tokenizer.eos_ids,
+                seed=seed + index,
+                top_logprobs=top_logprobs,
+            )
+            for index in range(body.n or 1)
+        ]
+
+    def open(self, http: HttpRequest, requests: list[Request]) -> Exchange:
+        """Submit; counts rejections."""
+        try:
+            return Exchange.open(self.worker, self.metrics, requests, http.receive)
+        except ApiError as error:
+            self.metrics.rejected += error.status == 429
+            raise
+
+    def token_text(self, token: int) -> dict[str, Any]:
+        """A token as OpenAI shows it beside its log-probability."""
+        raw = self.tokenizer.decode_bytes([token])
+        return {"token": raw.decode("utf-8", "replace"), "bytes": list(raw)}
+
+
+def new_id(prefix: str) -> str:
+    """A fresh identifier."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """OpenAI's usage object; the closing token of an answer counts, as it was generated."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def stream(exchange: Exchange, chunks: AsyncIterator[dict[str, Any]]) -> StreamingResponse:
+    """Server-sent events of `chunks`, then [DONE]. A failure under way becomes an error event."""
+
+    async def body() -> AsyncIterator[bytes]:
+        try:
+            async for each in chunks:
+                yield chunk(each)
+            yield DONE
+        except ApiError as error:
+            yield chunk(error.body())
+        except ClientGone:
+            return
+        finally:
+            exchange.close()
+
+    return StreamingResponse(body(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+async def collect(exchange: Exchange) -> AsyncIterator[Event]:
+    """The events of an exchange that is answered in one piece; frees everything however it ends."""
+    try:
+        async for event in exchange.events():
+            yield event
+    except ClientGone as error:
+        raise ApiError(499, "the client went away") from error
+    finally:
+        exchange.close()
+
+
+def _too_long(size: str, context: int, param: str) -> ApiError:
+    return ApiError(
+        400,
+        f"{param}: the prompt has {size}; the context holds {context} tokens and needs room for one more",
+        param=param,
+        code="context_length_exceeded",
+    )

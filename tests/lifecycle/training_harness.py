@@ -1,0 +1,279 @@
+"""Runs tiny trainings in forked processes that die at chosen points. A program for test_resume, not a test.
+
+    python training_harness.py FOLDER   -> FOLDER/results.json
+
+The parent imports everything once and computes nothing itself (threads do not survive a fork), so a trial costs a
+fork and not an import of torch. Every child ends by its own failpoint or runs to the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from glmctl import console
+from glmctl.commands._stage import execute
+from glmctl.data.shards import ShardWriter
+from glmctl.data.tokenizer import Tokenizer
+from glmctl.errors import GlmctlError
+from glmctl.recipe.schema import PretrainRecipe, RecipeBase, SftRecipe
+from glmctl.run import atomic
+from glmctl.run.metrics import MetricsLog
+from glmctl.training import checkpoint, session
+
+TEXTS = ["def add(a, b):\n    return a + b\n", "Compute 34+57. It is 91.", "The quick brown fox jumps."] * 4
+MODEL = {
+    "vocab_size": 512,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "moe_intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 128,
+}
+
+
+def prepare(root: Path) -> None:
+    """A tokenizer, two splits of shards and some conversations."""
+    tokenizer = Tokenizer.train(TEXTS, vocab_size=512, digits=1)
+    (root / "tokenizer").mkdir()
+    tokenizer.save(root / "tokenizer")
+    rng = random.Random(0)
+    for split, count in (("train", 120), ("validation", 10)):
+        with ShardWriter(
+            root / "data" / split,
+            vocab_size=tokenizer.vocab_size,
+            tokenizer_hash=tokenizer.hash,
+            end_of_document=tokenizer.pad_id,
+            shard_tokens=1000,
+        ) as writer:
+            for _ in range(count):
+                text = " ".join(rng.choice(TEXTS) for _ in range(rng.randrange(1, 4)))
+                writer.add([*tokenizer.encode_plain(text), tokenizer.pad_id])
+    with (root / "chats.jsonl").open("w") as stream:
+        for a in range(40):
+            answer = {"role": "assistant", "reasoning_content": f"{a}+1={a + 1}", "content": str(a + 1)}
+            stream.write(json.dumps({"messages": [{"role": "user", "content": f"{a}+1"}, answer]}) + "\n")
+
+
+def pretrain_recipe(root: Path) -> PretrainRecipe:
+    """Two stages, a ramp, micro-batches, MTP and balance that switch: 15 steps."""
+    stages = [
+        {"name": "a", "data": str(root / "data"), "tokens": 640, "sequence_length": 16},
+        {"name": "b", "data": str(root / "data" / "train"), "tokens": 330, "sequence_length": 32, "rope_theta": 1e5}
+        | {"packing": "best_fit"},
+    ]
+    return PretrainRecipe.model_validate(
+        {
+            "name": "tiny",
+            "model": MODEL,
+            "tokenizer": str(root / "tokenizer"),
+            "stages": stages,
+            "batch": {"tokens": 96, "start_tokens": 32, "ramp_tokens": 300, "micro_tokens": 48},
+            "schedule": {"peak_lr": 0.01, "final_lr": 0.001, "warmup_fraction": 0.1},
+            "balance": {"bias_update_rate": 0.01, "until_tokens": 640},
+            "mtp": {"switch_tokens": 640},
+            "validation": {"every_steps": 4, "tokens": 128},
+            "checkpoint": {"every_steps": 4},
+            "sample_prompts": ["def "],
+        }
+    )
+
+
+def sft_recipe(root: Path) -> SftRecipe:
+    """Seven steps on the pretrained model."""
+    return SftRecipe.model_validate(
+        {
+            "name": "tiny-sft",
+            "model": str(root / "straight"),
+            "data": [str(root / "chats.jsonl")],
+            "steps": 7,
+            "batch_tokens": 256,
+            "micro_tokens": 128,
+            "sequence_length": 64,
+            "checkpoint": {"every_steps": 3},
+            "schedule": {"peak_lr": 0.01, "final_lr": 0.001, "warmup_fraction": 0.1},
+        }
+    )
+
+
+# ----------------------------------------------------------------------------- dying
+
+
+def die() -> None:
+    """As by `kill -9`, no handler, no cleanup."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_row(step: int, act: Callable[[], None]) -> Callable[[], None]:
+    """Before the metrics row of `step` is written."""
+
+    def arm() -> None:
+        real = MetricsLog.append
+
+        def append(self: MetricsLog, row: Any) -> None:
+            if row.get("step") == step and "loss" in row:
+                act()
+            real(self, row)
+
+        MetricsLog.append = append  # type: ignore[method-assign]
+
+    return arm
+
+
+def on_call(owner: Any, name: str, number: int, act: Callable[[], None] = die) -> Callable[[], None]:
+    """At the beginning of the `number`-th call of `owner.name`."""
+
+    def arm() -> None:
+        real, calls = getattr(owner, name), 0
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                act()
+            return real(*args, **kwargs)
+
+        setattr(owner, name, wrapped)
+
+    return arm
+
+
+def ask(number: int) -> Callable[[], None]:
+    """A signal to oneself, which the trainer answers at the end of its step."""
+    return lambda: os.kill(os.getpid(), number)
+
+
+def twice(number: int) -> Callable[[], None]:
+    """An impatient signal: the second one ends the process there and then."""
+
+    def act() -> None:
+        ask(number)()
+        ask(number)()
+
+    return act
+
+
+def torn_row() -> None:
+    """Half a metrics row reaches the file, then the process is gone."""
+    real = MetricsLog.append
+
+    def append(self: MetricsLog, row: Any) -> None:
+        if row.get("step") == 6 and "loss" in row:
+            with self.path.open("a") as stream:
+                stream.write('{"step": 6, "loss": 5.1')
+            die()
+        real(self, row)
+
+    MetricsLog.append = append  # type: ignore[method-assign]
+
+
+DEATHS: dict[str, list[Callable[[], None]]] = {
+    "before the first row": [at_row(1, die)],
+    "in the middle": [at_row(7, die)],
+    "at a stage's last step": [at_row(10, die)],
+    "twice": [at_row(5, die), at_row(11, die)],
+    "in a torn row": [torn_row],
+    "inside a save, second file": [on_call(checkpoint, "write_tensors", 5)],
+    "before the rename": [on_call(atomic, "_replace_folder", 2)],
+    "while old ones are removed": [on_call(checkpoint.shutil, "rmtree", 1)],
+    "between the last checkpoint and the export": [on_call(session, "save_model", 1)],
+    "inside the export": [on_call(session.atomic, "_seal", 5)],
+    "sigterm": [at_row(6, ask(signal.SIGTERM))],
+    "sigint": [at_row(6, ask(signal.SIGINT))],
+    "sigterm twice": [on_call(checkpoint, "write_tensors", 1, twice(signal.SIGTERM))],
+}
+
+SFT_DEATHS: dict[str, list[Callable[[], None]]] = {
+    "sft in the middle": [at_row(5, die)],
+    "sft sigterm": [at_row(2, ask(signal.SIGTERM))],
+}
+
+
+def child(recipe: RecipeBase, path: Path, arm: Callable[[], None] | None) -> int:
+    """Run the recipe at `path` in a forked process; the exit code, or minus the signal that ended it."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            console.configure(quiet=True)
+            if arm is not None:
+                arm()
+            execute(recipe, path)  # type: ignore[arg-type]
+            # importing it costs every command seconds, and eager training has no use for it
+            assert "torch._dynamo" not in sys.modules
+            code = 0
+        except GlmctlError as error:
+            (path / "error.txt").write_text(error.message)
+            code = error.exit_code
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def outcome(path: Path, codes: list[int]) -> dict[str, Any]:
+    """What a finished run left, without what may differ between two equal runs."""
+    varying = ("seconds", "tokens_per_second")
+    rows = [{k: v for k, v in row.items() if k not in varying} for row in MetricsLog(path / "metrics.jsonl").rows()]
+    status = json.loads((path / "status.json").read_text())
+    return {
+        "codes": codes,
+        "rows": rows,
+        "samples": (path / "samples.jsonl").read_text(),
+        "model": atomic.sha256_file(path / "export" / "model.safetensors"),
+        "state": status["state"],
+        "summary": {k: v for k, v in status["summary"].items() if k not in varying},
+        "left": sorted(p.name for p in path.rglob(".*") if p.name != ".lock"),
+        "checkpoints": sorted(p.name for p in (path / "checkpoints").iterdir()),
+    }
+
+
+def main(root: Path) -> None:
+    """Train straight, then once for every death, and write all outcomes."""
+    setup = os.fork()
+    if setup == 0:
+        prepare(root)
+        os._exit(0)
+    assert os.waitpid(setup, 0)[1] == 0
+    results: dict[str, Any] = {}
+    for recipe, straight, deaths in (
+        (pretrain_recipe(root), "straight", DEATHS),
+        (sft_recipe(root), "straight sft", SFT_DEATHS),
+    ):
+        path = root / straight
+        results[straight] = outcome(path, [child(recipe, path, None)])
+        for name, arms in deaths.items():
+            path = root / name.replace(" ", "-").replace(",", "")
+            codes = [child(recipe, path, arm) for arm in arms]
+            codes.append(child(recipe, path, None))
+            results[name] = outcome(path, codes)
+    # once more over a finished run: nothing is done
+    path = root / "straight"
+    before = (path / "metrics.jsonl").stat().st_mtime_ns
+    code = child(pretrain_recipe(root), path, at_row(1, die))
+    results["again"] = {"code": code, "touched": (path / "metrics.jsonl").stat().st_mtime_ns != before}
+    # the newest checkpoint is damaged between two lives
+    path = root / "damaged"
+    codes = [child(pretrain_recipe(root), path, at_row(10, die))]
+    file = path / "checkpoints" / "step-00000008" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 16
+    file.write_bytes(data)
+    codes.append(child(pretrain_recipe(root), path, None))
+    results["damaged"] = outcome(path, codes)
+    (root / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,102 @@
+"""lm-eval's own `hf` model on an exported folder, against ours: the same scores on the same tasks."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from glmctl.data.chat import ChatTemplate
+from glmctl.data.tokenizer import Tokenizer
+from glmctl.evaluation.harness import run_tasks
+from glmctl.evaluation.lm import GlmctlLM
+from glmctl.evaluation.tasks import TaskInputs
+from glmctl.model.config import ModelConfig
+from glmctl.model.folder import save_model
+from glmctl.model.network import GlmMoe
+from glmctl.recipe.schema import ArithmeticTask, Sampling, ToolUseTask
+from glmctl.rl.tasks import arithmetic, tool_use
+
+# fp32 logits of the two implementations differ by up to 1e-5 each; these are sums over tens of tokens
+TOLERANCE = 2e-3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_config: ModelConfig, tiny_tokenizer: Tokenizer) -> Path:
+    """A random model whose weights are large enough that its greedy choices are clear, with our tokenizer."""
+    home = tmp_path_factory.mktemp("lm_eval")
+    specials = {"pad_token_id": tiny_tokenizer.pad_id, "eos_token_id": tiny_tokenizer.eos_ids}
+    update = {"max_position_embeddings": 1024, "initializer_range": 0.15, **specials}
+    model = GlmMoe(tiny_config.model_copy(update=update), seed=5)
+    tiny_tokenizer.save(home / "tokenizer")
+    (home / "model").mkdir()
+    save_model(model, home / "model", tokenizer_folder=home / "tokenizer")
+    return home / "model"
+
+
+@pytest.fixture(scope="module")
+def both(folder: Path) -> tuple[GlmctlLM, HFLM]:
+    return GlmctlLM(folder, batch_tokens=600), HFLM(str(folder), device="cpu", dtype=torch.float32, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def inputs(folder: Path) -> TaskInputs:
+    rng = random.Random(1)
+    problems = [*arithmetic.generate(ArithmeticTask(), 4, rng), *tool_use.generate(ToolUseTask(), 2, rng)]
+    return TaskInputs(ChatTemplate.load(folder), Sampling(temperature=0.0, max_tokens=16), problems=problems)
+
+
+@pytest.mark.parametrize("task", ["glmctl_cloze", "glmctl_perplexity", "glmctl_arithmetic", "glmctl_nothink"])
+def test_scores_and_answers_are_those_of_the_hf_model(
+    both: tuple[GlmctlLM, HFLM], inputs: TaskInputs, task: str
+) -> None:
+    """Loglikelihood, rolling loglikelihood and generation: figure by figure and answer by answer."""
+    limit = 14 if task == "glmctl_perplexity" else 6
+    ours, theirs = (run_tasks(lm, [task], inputs, limit=limit) for lm in both)
+    for key, value in theirs["results"][task].items():
+        if isinstance(value, float):
+            assert ours["results"][task][key] == pytest.approx(value, rel=1e-4), key
+        else:
+            assert ours["results"][task][key] == value
+    pairs = zip(ours["samples"][task], theirs["samples"][task], strict=True)
+    answers = [(mine["resps"], other["resps"]) for mine, other in pairs]
+    for mine, other in answers:
+        for (my_answer,), (their_answer,) in zip(mine, other, strict=True):
+            if isinstance(my_answer, str):
+                assert my_answer == their_answer
+            elif isinstance(my_answer, float):
+                assert my_answer == pytest.approx(their_answer, abs=TOLERANCE)
+            else:
+                assert my_answer[0] == pytest.approx(their_answer[0], abs=TOLERANCE)
+                assert my_answer[1] == their_answer[1], "the same continuations are greedy"
+    assert len({str(mine) for mine, _ in answers}) > 1, "the model's answers are not all alike"
+
+
+def test_stop_strings_cut_where_the_hf_model_cuts(both: tuple[GlmctlLM, HFLM]) -> None:
+    from lm_eval.api.instance import Instance
+
+    def generate(lm: GlmctlLM | HFLM, until: list[str]) -> list[str]:
+        kwargs = {"until": list(until), "max_gen_toks": 24, "do_sample": False}
+        contexts = ("def add(a", "The quick", "Compute 3+4")
+        requests = [Instance("generate_until", {}, (text, kwargs), place) for place, text in enumerate(contexts)]
+        found: list[str] = lm.generate_until(requests, disable_tqdm=True)
+        return found
+
+    ours, theirs = both
+    free = generate(ours, [])
+    assert free == generate(theirs, [])
+    until = [free[0][5:7], free[1][3:5]]
+    assert generate(ours, until) == generate(theirs, until) != free
+
+
+def test_the_chat_template_is_rendered_as_transformers_does(both: tuple[GlmctlLM, HFLM]) -> None:
+    history = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Compute 3+4."},
+    ]
+    assert both[0].apply_chat_template(history) == both[1].apply_chat_template(history)
+    assert TaskManager(include_defaults=False).all_tasks == []

@@ -1,0 +1,411 @@
+"""The lm-eval adapter and our offline tasks: what is scored, what is generated, and what the driver writes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.utils import make_table
+
+from glmctl import console
+from glmctl.data.chat import ChatTemplate
+from glmctl.data.parsing import parse
+from glmctl.data.tokenizer import Tokenizer
+from glmctl.engine.engine import Engine
+from glmctl.engine.request import SamplingParams
+from glmctl.errors import GlmctlError, RecipeError
+from glmctl.evaluation import cloze, speculative
+from glmctl.evaluation.catalog import OWN_TASKS
+from glmctl.evaluation.generation import Job, cut, generate_texts
+from glmctl.evaluation.harness import run_tasks
+from glmctl.evaluation.likelihood import score_continuations
+from glmctl.evaluation.lm import GlmctlLM
+from glmctl.evaluation.results import main_metric
+from glmctl.evaluation.run import run
+from glmctl.evaluation.tasks import TaskInputs, build_task, first_call_reward, shipped, single_turn_reward
+from glmctl.model.config import ModelConfig
+from glmctl.model.folder import save_model
+from glmctl.model.network import GlmMoe
+from glmctl.recipe.schema import ArithmeticTask, EvalRecipe, Sampling, ToolUseTask
+from glmctl.rl.environment import Problem
+from glmctl.rl.tasks import arithmetic, demonstrate, tool_use
+from glmctl.run.directory import Run
+
+GREEDY = Sampling(temperature=0.0, max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_config: ModelConfig) -> GlmMoe:
+    return GlmMoe(tiny_config, seed=1).eval()
+
+
+@pytest.fixture(scope="module")
+def template(tiny_tokenizer: Tokenizer) -> ChatTemplate:
+    return ChatTemplate(tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def lm(model: GlmMoe, template: ChatTemplate) -> GlmctlLM:
+    return GlmctlLM(model, template=template, batch_tokens=256, max_gen_toks=12)
+
+
+@pytest.fixture(scope="module")
+def problems() -> list[Problem]:
+    import random
+
+    rng = random.Random(0)
+    sums = arithmetic.generate(ArithmeticTask(max_value=20), 3, rng)
+    return [*sums, *tool_use.generate(ToolUseTask(max_value=20), 3, rng)]
+
+
+def ask(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
+    return [Instance(kind, {}, one, index) for index, one in enumerate(arguments)]
+
+
+def by_hand(model: GlmMoe, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    """One pair, one forward, token by token."""
+    with torch.inference_mode():
+        logits = model.logits(model(torch.tensor([context + continuation])))[0].log_softmax(-1)
+    total, greedy = 0.0, True
+    for place, token in enumerate(continuation, len(context) - 1):
+        total += float(logits[place, token])
+        greedy &= int(logits[place].argmax()) == token
+    return total, greedy
+
+
+# ----------------------------------------------------------------------------- likelihood
+
+
+def test_batched_likelihoods_equal_those_of_single_forwards(model: GlmMoe) -> None:
+    """Right padding, sorting and shared rows change no score."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda count: torch.randint(0, 512, (count,), generator=generator).tolist()  # noqa: E731
+    pairs = [(draw(length), draw(extra)) for length, extra in ((3, 2), (40, 7), (1, 1), (9, 30), (25, 1))]
+    pairs += [(pairs[4][0], [token]) for token in (5, 6)]
+    for context, _ in list(pairs[:2]):
+        best = Engine(model).generate([_request(context, 4)])[0].tokens
+        pairs.append((context, best))
+    found = score_continuations(model, pairs, max_length=512, batch_tokens=90)
+    for (context, continuation), (logprob, greedy) in zip(pairs, found, strict=True):
+        expected, expected_greedy = by_hand(model, context, continuation)
+        assert logprob == pytest.approx(expected, abs=1e-4)
+        assert greedy == expected_greedy
+    assert [greedy for _, greedy in found[-2:]] == [True, True], "what the engine chose greedily is greedy"
+
+
+def _request(prompt: list[int], count: int) -> Any:
+    from glmctl.engine.request import Request
+
+    return Request("r", prompt, SamplingParams(max_tokens=count, temperature=0.0))
+
+
+def test_equal_inputs_are_computed_once(model: GlmMoe, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+    forward = GlmMoe.forward
+
+    def counted(self: GlmMoe, tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        shapes.append(tuple(tokens.shape))
+        return forward(self, tokens, **kwargs)
+
+    monkeypatch.setattr(GlmMoe, "forward", counted)
+    score_continuations(model, [([1, 2, 3], [token]) for token in range(50)], max_length=64)
+    assert shapes == [(1, 3)]
+
+
+def test_what_is_too_long_is_cut_from_the_left_and_the_impossible_is_said(model: GlmMoe) -> None:
+    long = list(range(100))
+    (cut_short,) = score_continuations(model, [(long, [7, 8])], max_length=10)
+    assert cut_short[0] == pytest.approx(by_hand(model, long[-9:], [7, 8])[0], abs=1e-4)
+    with pytest.raises(GlmctlError, match="exceeds the context"):
+        score_continuations(model, [([1], list(range(11)))], max_length=10)
+    assert score_continuations(model, [([1], [])], max_length=10) == [(0.0, True)]
+
+
+def test_rolling_likelihood_scores_every_token_once(model: GlmMoe, template: ChatTemplate) -> None:
+    """With one window it is the likelihood of the whole text; with several, windows cover it without overlap."""
+    text = "The quick brown fox jumps over the lazy dog. " * 4
+    whole = GlmctlLM(model, template=template)
+    tokens = whole.tok_encode(text)
+    (total,) = whole.loglikelihood_rolling(ask("loglikelihood_rolling", (text,)))
+    assert total == pytest.approx(by_hand(model, [whole.eot_token_id], tokens)[0], rel=1e-5)
+
+    narrow = GlmctlLM(model, template=template, max_length=16)
+    expected, start = 0.0, 0
+    prefixed = [whole.eot_token_id, *tokens]
+    while start < len(tokens):
+        stop = min(start + 16, len(tokens))
+        first = max(stop - 16, 0)
+        expected += by_hand(model, prefixed[first : start + 1], prefixed[start + 1 : stop + 1])[0]
+        start = stop
+    assert narrow.loglikelihood_rolling(ask("r", (text,)))[0] == pytest.approx(expected, rel=1e-5)
+    assert narrow.loglikelihood_rolling(ask("r", ("",), (text,)))[0] == 0.0
+
+
+def test_an_empty_context_is_the_end_of_text_token(lm: GlmctlLM) -> None:
+    ((logprob, _),) = lm.loglikelihood(ask("loglikelihood", ("", " world")))
+    assert logprob == pytest.approx(by_hand(lm.model, [lm.eot_token_id], lm.tok_encode(" world"))[0], abs=1e-4)
+
+
+def test_a_token_across_the_border_leaves_the_continuation_something(lm: GlmctlLM) -> None:
+    """`):` and a newline are one token here: the whole has as many tokens as the context alone."""
+    assert len(lm.tok_encode("(a, b):\n")) == len(lm.tok_encode("(a, b)"))
+    ((logprob, _),) = lm.loglikelihood(ask("loglikelihood", ("(a, b)", ":\n")))
+    assert logprob == pytest.approx(by_hand(lm.model, lm.tok_encode("(a, b)"), lm.tok_encode(":\n"))[0], abs=1e-4)
+
+
+# ----------------------------------------------------------------------------- generation
+
+
+def test_generation_stops_before_the_first_stop_string(lm: GlmctlLM) -> None:
+    (free,) = lm.generate_until(ask("generate_until", ("def add(", {"until": [], "max_gen_toks": 24})))
+    assert len(free) > 6
+    for stop in (free[2:5], free[-3:], free[4]):
+        kwargs = {"until": [stop, "never"], "max_gen_toks": 24}
+        assert lm.generate_until(ask("generate_until", ("def add(", kwargs))) == [free[: free.index(stop)]]
+
+
+def test_a_stop_string_ends_the_request_early(model: GlmMoe, template: ChatTemplate) -> None:
+    tokenizer = template.tokenizer
+    params = SamplingParams(max_tokens=60, temperature=0.0)
+    prompt = tokenizer.encode("def add(")
+    engine = Engine(model)
+    (text,) = generate_texts(engine, tokenizer, [Job(prompt, params)])
+    engine = Engine(model)
+    assert generate_texts(engine, tokenizer, [Job(prompt, params, (text[3:6],))]) == [text[: text.index(text[3:6])]]
+    assert engine.stats.tokens < 20
+    assert not engine.has_work
+
+
+def test_the_earliest_stop_string_counts() -> None:
+    assert cut("a END b STOP", ("STOP", "END", "")) == "a "
+    assert cut("abc", ()) == "abc"
+
+
+def test_sampling_depends_on_seed_and_place_only(model: GlmMoe, template: ChatTemplate) -> None:
+    kwargs = {"until": [], "max_gen_toks": 10, "do_sample": True, "temperature": 1.0, "top_p": 0.95}
+    requests = ask("generate_until", ("a", kwargs), ("a", kwargs), ("b b b", kwargs))
+    lm = GlmctlLM(model, template=template, seed=3)
+    first = lm.generate_until(requests)
+    assert first[0] != first[1], "every request has its own stream"
+    assert GlmctlLM(model, template=template, seed=3, max_slots=1).generate_until(requests) == first
+    assert GlmctlLM(model, template=template, seed=9).generate_until(requests) != first
+
+
+def test_unknown_or_impossible_generation_arguments_are_refused(lm: GlmctlLM) -> None:
+    with pytest.raises(RecipeError, match="did you mean 'temperature'"):
+        lm.generate_until(ask("generate_until", ("a", {"until": [], "temperatur": 1.0})))
+    with pytest.raises(GlmctlError, match="leaves no room"):
+        lm.generate_until(ask("generate_until", ("a", {"until": [], "max_gen_toks": 512})))
+
+
+def test_chat_history_is_rendered_by_our_template(lm: GlmctlLM) -> None:
+    history = [{"role": "user", "content": "hi"}]
+    assert lm.apply_chat_template(history) == "[gMASK]<sop><|user|>\nhi<|assistant|>"
+    prefilled = lm.apply_chat_template([*history, {"role": "assistant", "content": "So"}], add_generation_prompt=False)
+    assert prefilled.endswith("So"), "the last message is left open"
+    assert lm.chat_template(True) == lm.template.source
+    assert lm.chat_template(False) is None
+
+
+# ----------------------------------------------------------------------------- tasks
+
+
+def test_the_shipped_cloze_set_is_what_its_generator_writes() -> None:
+    rows = shipped("cloze.jsonl")
+    assert rows == cloze.build()
+    assert {row["answer"] for row in rows} == {0, 1, 2, 3}
+    assert all(len(set(row["choices"])) == 4 for row in rows)
+    for row in rows:
+        assert row["context"][-1].isalnum(), "the tokeniser cuts between context and choice"
+        assert not any(choice[0].isalnum() for choice in row["choices"])
+
+
+def test_every_own_task_runs_in_lm_eval(lm: GlmctlLM, template: ChatTemplate, problems: list[Problem]) -> None:
+    inputs = TaskInputs(template, GREEDY, problems=problems)
+    results = run_tasks(lm, list(OWN_TASKS), inputs, limit=3)
+    assert set(results["results"]) == set(OWN_TASKS)
+    for name, entry in OWN_TASKS.items():
+        found = results["results"][name][f"{entry.metric},none"]
+        assert math.isfinite(found)
+        assert len(results["samples"][name]) == 3
+        assert main_metric(name, [key.partition(",")[0] for key in results["results"][name]]) == entry.metric
+    assert "glmctl_cloze" in make_table(results), "lm-eval can show it"
+    words = results["results"]["glmctl_perplexity"]
+    assert words["bits_per_byte,none"] == pytest.approx(math.log2(words["byte_perplexity,none"]))
+
+
+def test_a_perfect_model_scores_one(
+    lm: GlmctlLM, template: ChatTemplate, problems: list[Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replies taken from the scripted demonstrations are all right, the same replies to other problems wrong."""
+    shift = 0
+
+    def answer(self: GlmctlLM, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        replies = []
+        for index, request in enumerate(requests):
+            problem = Problem.from_row(json.loads(request.doc["problem"]), "doc")
+            same = [one for one in problems if one.task == problem.task]
+            other = same[(index + shift) % len(same)]
+            turn = demonstrate(other).messages[: 2 if other.task == "tool_use" else None]
+            prompt = template.render(turn[:1], demonstrate(other).tools, add_generation_prompt=True)
+            replies.append(template.render(turn, demonstrate(other).tools)[len(prompt) :])
+        return replies
+
+    monkeypatch.setattr(GlmctlLM, "generate_until", answer)
+    inputs = TaskInputs(template, GREEDY, problems=problems)
+    names = ["glmctl_arithmetic", "glmctl_tool_use"]
+    right = run_tasks(lm, names, inputs)["results"]
+    assert [right[name]["accuracy,none"] for name in names] == [1.0, 1.0]
+    shift = 1
+    wrong = run_tasks(lm, names, inputs)["results"]
+    assert [wrong[name]["accuracy,none"] for name in names] == [0.0, 0.0]
+    assert [wrong[name]["well_formed,none"] for name in names] == [1.0, 1.0]
+
+
+def test_rewards_of_single_replies(problems: list[Problem]) -> None:
+    number, shop = problems[0], next(p for p in problems if p.task == "tool_use")
+    assert single_turn_reward(number, parse(f"\n<think>x</think>\n{number.answer}")) == 1.0
+    assert single_turn_reward(number, parse(f"\n<think>x</think>\n{number.answer + 1}")) == 0.0
+    call = tool_use.expected_calls(shop)[0]
+    good = parse("", tools=tool_use.TOOLS)
+    good.tool_calls.append(call)
+    assert first_call_reward(shop, good) == 1.0
+    assert single_turn_reward(shop, good) == 0.0, "one call does not end the episode"
+    changed = {**call, "arguments": dict.fromkeys(call["arguments"], "x")}
+    good.tool_calls[0] = changed
+    assert first_call_reward(shop, good) == 0.0
+    assert first_call_reward(shop, parse("\n<think></think>\n5")) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("reply", "obeyed", "answered"),
+    [("\n7", 1, 1), ("\n<think></think>\n7", 1, 1), ("\n<think>hm</think>\n7", 0, 1), ("</think>", 0, 1), ("\n", 1, 0)],
+)
+def test_nothink_is_obeyed_without_reasoning(template: ChatTemplate, reply: str, obeyed: int, answered: int) -> None:
+    task = build_task("glmctl_nothink", TaskInputs(template, GREEDY))
+    doc = task.test_docs()[0]
+    assert doc["prompt"].endswith("/nothink<|assistant|>\n<think></think>")
+    assert task.process_results(doc, [reply]) == {"obeyed": obeyed, "answered": answered}
+
+
+def test_tasks_that_do_not_exist_or_lack_problems_are_named(lm: GlmctlLM, template: ChatTemplate) -> None:
+    with pytest.raises(RecipeError, match="no 'tool_use' problem"):
+        build_task("glmctl_tool_use", TaskInputs(template, GREEDY))
+    with pytest.raises(RecipeError, match="did you mean 'glmctl_cloze'"):
+        build_task("glmctl_clozes", TaskInputs(template, GREEDY))
+
+
+# ----------------------------------------------------------------------------- MTP
+
+
+def test_drafts_change_no_token_and_are_counted(model: GlmMoe) -> None:
+    prompts = [[1, 2, 3], [9, 8, 7, 6], [5]]
+    found = speculative.check(model, prompts, max_tokens=16, stop_ids=())
+    assert found.identical
+    assert found.tokens == 48
+    assert found.drafted > 0
+    assert found.acceptance == found.accepted / found.drafted
+    assert found.steps_saved >= 0
+
+
+# ----------------------------------------------------------------------------- the driver
+
+
+@pytest.fixture
+def folders(tmp_path: Path, model: GlmMoe, tiny_tokenizer: Tokenizer, problems: list[Problem]) -> dict[str, str]:
+    """Two model folders and one problem file for each task."""
+    paths = {}
+    config = model.config.model_copy(update={"max_position_embeddings": 1024})
+    for name, one in (("small", GlmMoe(config, seed=1)), ("other", GlmMoe(config, seed=2))):
+        tiny_tokenizer.save(tmp_path / f"tokenizer-{name}")
+        (tmp_path / name).mkdir()
+        save_model(one, tmp_path / name, tokenizer_folder=tmp_path / f"tokenizer-{name}")
+        paths[name] = str(tmp_path / name)
+    for task in ("arithmetic", "tool_use"):
+        rows = [json.dumps(problem.to_row()) for problem in problems if problem.task == task]
+        (tmp_path / f"{task}.jsonl").write_text("".join(f"{row}\n" for row in rows))
+        paths[task] = str(tmp_path / f"{task}.jsonl")
+    return paths
+
+
+def test_the_driver_scores_every_model_on_everything(folders: dict[str, str], tmp_path: Path) -> None:
+    console.configure(quiet=True)
+    recipe = EvalRecipe(
+        name="all",
+        models={"small": folders["small"], "other": folders["other"]},
+        tasks=["glmctl_cloze", "glmctl_arithmetic"],
+        problems={"sums": folders["arithmetic"], "shop": folders["tool_use"]},
+        limit=2,
+        sampling=GREEDY,
+        max_slots=4,
+    )
+    with Run.open(recipe, tmp_path / "run") as opened:
+        summary = run(recipe, opened)
+        assert json.loads(json.dumps(summary)) == summary
+        for name in ("small", "other"):
+            for key in ("glmctl_cloze", "glmctl_arithmetic", "sums", "shop", "mtp_acceptance"):
+                assert 0.0 <= summary[f"{name}/{key}"] <= 1.0
+            assert summary[f"{name}/mtp_identical"] is True
+            results = json.loads((opened.export / name / "results.json").read_text())
+            assert set(results["results"]) == {"glmctl_cloze", "glmctl_arithmetic", "sums", "shop"}
+            assert results["config"]["model_args"] == {"pretrained": folders[name]}
+            assert results["n-samples"]["sums"] == {"original": 2, "effective": 2}
+            assert "sums" in make_table(results)
+            assert len((opened.export / name / "samples_glmctl_cloze.jsonl").read_text().splitlines()) == 2
+        rows = [json.loads(line) for line in opened.samples.read_text().splitlines()]
+        assert {(row["model"], row["task"]) for row in rows} == {
+            (name, task) for name in ("small", "other") for task in ("arithmetic", "tool_use")
+        }
+        assert (opened.export / "manifest.json").is_file()
+        assert run(recipe, opened) == summary, "nothing is drawn from the surroundings"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": [], "problems": {}}, "nothing to evaluate"),
+        ({"tasks": ["glmctl_clozes"]}, "did you mean 'glmctl_cloze'"),
+        ({"tasks": ["sums"]}, "rename the latter"),
+        ({"problems": {"sums": "nowhere.jsonl"}}, r"nowhere\.jsonl: no such problem file"),
+        ({"models": {"a": "nowhere"}}, "nowhere"),
+        ({"models": {"a/b": "x"}}, "names files"),
+        ({"perplexity_texts": ["nowhere.txt"]}, r"nowhere\.txt: no such file"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said_before_a_model_is_loaded(
+    folders: dict[str, str], tmp_path: Path, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glmctl.evaluation.run.load_model", lambda folder: pytest.fail("loaded"))
+    given: dict[str, Any] = {
+        "name": "wrong",
+        "models": {"a": folders["small"]},
+        "tasks": ["glmctl_cloze"],
+        "problems": {"sums": folders["arithmetic"]},
+    }
+    recipe = EvalRecipe.model_validate({**given, **change})
+    with Run.open(recipe, tmp_path / "run") as opened, pytest.raises(RecipeError, match=message):
+        run(recipe, opened)
+
+
+def test_the_model_is_registered_by_name_and_matches_simple_evaluate(
+    folders: dict[str, str], template: ChatTemplate, lm: GlmctlLM
+) -> None:
+    """`simple_evaluate(model="glmctl")` on the folder gives the figures of our harness on the model in memory."""
+    inputs = TaskInputs(template, GREEDY)
+    found = lm_eval.simple_evaluate(
+        model="glmctl",
+        model_args=f"pretrained={folders['small']}",
+        tasks=[build_task("glmctl_cloze", inputs)],
+        task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
+        limit=8,
+        bootstrap_iters=0,
+    )
+    ours = run_tasks(lm, ["glmctl_cloze"], inputs, limit=8)
+    assert found is not None
+    assert found["results"]["glmctl_cloze"] == ours["results"]["glmctl_cloze"]
