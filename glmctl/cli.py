@@ -115,10 +115,12 @@ def _options(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code (see glmctl.errors)."""
     words = _configure(list(sys.argv[1:] if argv is None else argv))
+    # a stream that the caller closed (`>&-`) is None
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     try:
         code = _invoke(words)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
         return code
     except GlmctlError as error:
         return _say(error)
@@ -151,22 +153,32 @@ def _invoke(words: list[str]) -> int:
     try:
         value = command.main(args=words or ["--help"], prog_name="glmctl", standalone_mode=False)
     except typer.TyperException as error:
-        context = getattr(error, "ctx", None)
-        hint = f"`{context.command_path} --help` shows the options" if context is not None else None
-        raise GlmctlError(_lower_first(error.format_message().rstrip(".")), hint=hint) from error
+        raise _usage(error) from error
     except typer.Abort:
         return 130
     return value if isinstance(value, int) else 0
 
 
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]
+def _usage(error: typer.TyperException) -> GlmctlError:
+    """Typer's complaint in our form: lower case, one line, the nearest option that exists."""
+    context = getattr(error, "ctx", None)
+    message = error.format_message().rstrip(".").replace(": Input should ", ": must ")
+    option = getattr(error, "option_name", None)
+    if option is not None and context is not None and message.startswith("No such option"):
+        match = nearest(option, [word for parameter in context.command.params for word in parameter.opts])
+        message = f"unknown option '{option}'" + (f"; did you mean '{match}'?" if match else "")
+    hint = f"`{context.command_path} --help` shows the options" if context is not None else None
+    return GlmctlError(message[:1].lower() + message[1:], hint=hint)
 
 
 def _say(error: GlmctlError) -> int:
     if console.is_debug():
         traceback.print_exception(error)
-    console.error(error.kind, error.message, error.hint, error.exit_code)
+    try:
+        console.error(error.kind, error.message, error.hint, error.exit_code)
+    except OSError:
+        # the terminal or the full disk behind stdout is what went wrong; the exit code still says it
+        _torn()
     return error.exit_code
 
 
@@ -182,6 +194,5 @@ def _torn() -> int:
     """Stdout's reader has gone (`| head`): say nothing, and let the interpreter's last flush go nowhere."""
     devnull = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            os.dup2(devnull, stream.fileno())
+        os.dup2(devnull, stream.fileno())
     return TORN_PIPE

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from glmctl import console
-from glmctl.errors import GlmctlError, Interrupted, RecipeError
+from glmctl.errors import GlmctlError, Interrupted, RecipeError, nearest
 from glmctl.recipe import names
 
 if TYPE_CHECKING:
@@ -163,6 +163,17 @@ def driver(kind: str) -> Callable[..., dict[str, Any]]:
     """The `run` function of a recipe type."""
     module, _, function = DRIVERS[kind].partition(":")
     return cast(Callable[..., dict[str, Any]], getattr(importlib.import_module(module), function))
+
+
+def require_artifact(given: str) -> None:
+    """Stop before a run directory is made for a model that is not there. RecipeError with the nearest that is."""
+    path = Path(given)
+    if path.exists():
+        return
+    beside = [str(path.with_name(p.name)) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    match = nearest(given, [*beside, *names.shipped_files()])
+    suffix = f"; did you mean '{match}'?" if match else ""
+    raise RecipeError(f"{given}: no such model folder, run or recipe{suffix}")
 
 
 def show(recipe: Recipe, path: Path) -> None:

@@ -29,7 +29,7 @@ def convert(
         ),
     ],
     destination: Annotated[
-        Path | None, typer.Argument(metavar="[DST]", help="The folder to write.", show_default=False)
+        Path | None, typer.Argument(metavar="DST", help="The folder to write.", show_default=False)
     ] = None,
     to: Annotated[str | None, typer.Option("--to", help="hf (default) or checkpoint.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or keep (default).")] = None,
@@ -50,6 +50,7 @@ def convert(
         raise GlmctlError("missing argument 'DST': the folder to write", hint="`glmctl convert --help`")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise GlmctlError(f"{destination}: exists already; convert writes a new folder")
+    stage.require_artifact(source)
     from glmctl.recipe.build import build, run_name
 
     given = {key: value for key, (_, value) in options.items() if value is not None}

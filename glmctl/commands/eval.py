@@ -71,6 +71,7 @@ def eval_(
             f"nothing to evaluate '{target}' on; name tasks with -t or problem files with --problems",
             hint="or give a recipe, e.g. `glmctl eval demo/eval`",
         )
+    stage.require_artifact(target)
     from glmctl.recipe.build import build, run_name
 
     given = {key: value for key, (_, value) in options.items()}

@@ -82,13 +82,13 @@ def _plain(network: GlmMoe, template: ChatTemplate, ids: list[int], params: Samp
 def _reply(network: GlmMoe, template: ChatTemplate, ids: list[int], params: SamplingParams, *, thinking: bool) -> None:
     from glmctl.data.parsing import StreamParser
 
-    parser = StreamParser(thinking=thinking)
+    parser, screen = StreamParser(thinking=thinking), _Screen()
 
     def show(piece: str) -> None:
-        _show(parser.feed(piece))
+        screen.show(parser.feed(piece))
 
     facts = _stream(network, template, ids, params, show)
-    _show(parser.finish())
+    screen.show(parser.finish())
     _end(sys.stdout)
     parsed = parser.parsed
     if not parsed.well_formed:
@@ -119,16 +119,26 @@ def _stream(
     return {**facts, "mtp_acceptance": engine.stats.acceptance} if drafts else facts
 
 
-def _show(deltas: list[Any]) -> None:
+class _Screen:
     """Reasoning goes to stderr (unless quiet), the answer and the calls to stdout."""
-    for delta in deltas:
-        if delta.reasoning is not None:
-            if not console.is_quiet():
-                _write(sys.stderr, delta.reasoning)
-        elif delta.tool_name is not None:
-            _write(sys.stdout, f"\n{delta.tool_name}")
-        else:
-            _write(sys.stdout, delta.content if delta.content is not None else delta.arguments)
+
+    def __init__(self) -> None:
+        self.reasoning = False
+
+    def show(self, deltas: list[Any]) -> None:
+        for delta in deltas:
+            if delta.reasoning is not None:
+                if not console.is_quiet():
+                    self.reasoning = True
+                    _write(sys.stderr, delta.reasoning)
+                continue
+            if self.reasoning:
+                self.reasoning = False
+                _end(sys.stderr)
+            if delta.tool_name is not None:
+                _write(sys.stdout, f"\n{delta.tool_name}")
+            else:
+                _write(sys.stdout, delta.content if delta.content is not None else delta.arguments)
 
 
 def _write(stream: Any, text: str | None) -> None:

@@ -47,6 +47,7 @@ def serve(
         words = [f"{key}={value}" for key, (_, value) in options.items() if value is not None]
         stage.run_stage("serve", target, words + (overrides or []), run, fresh=fresh, dry_run=dry_run)
         return
+    stage.require_artifact(target)
     from glmctl.recipe.build import build, run_name
 
     given = {key: value for key, (_, value) in options.items() if value is not None}

@@ -2,21 +2,19 @@
 
 One state machine serves both whole texts (`parse`) and streams (`StreamParser`), so they cannot disagree. It looks
 for fixed tags only and never looks at a character twice, so its time is linear in the text whatever the text is.
-
-Values: an argument whose schema type is string stays raw. Any other value that is a JSON object, array, number,
-boolean or null becomes that; everything else, JSON strings in quotes included, stays raw text. So without a schema
-a string argument `5` comes back as the number 5: the format itself does not tell them apart.
+How the text of an argument becomes a value stands in `arguments.py`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any, NoReturn
+from typing import Any
+
+from glmctl.data.arguments import argument_types, value_of
 
 CLOSING = ("<|user|>", "<|observation|>", "<|endoftext|>")
 
@@ -97,7 +95,7 @@ class StreamParser:
 
     def __init__(self, thinking: bool = True, tools: Sequence[Mapping[str, Any]] | None = None) -> None:
         self._thinking = thinking
-        self._schemas = _argument_types(tools or ())
+        self._schemas = argument_types(tools or ())
         self._state = _State.START
         self._buffer = ""
         self._at = 0  # everything before it has been read
@@ -173,9 +171,8 @@ class StreamParser:
         if match:
             self._at = match.end()
             return self._buffer[begin : match.start()], match.group()
-        self._at = len(self._buffer) - (
-            0 if self._finished else tags.partial(self._buffer[max(begin, len(self._buffer) - tags.longest) :])
-        )
+        tail = self._buffer[max(begin, len(self._buffer) - tags.longest) :]
+        self._at = len(self._buffer) - (0 if self._finished else tags.partial(tail))
         return self._buffer[begin : self._at], None
 
     def _next_tag(self, tags: _Tags) -> str | None:
@@ -300,7 +297,7 @@ class StreamParser:
         if self._key in self._arguments:
             self._break(f"argument {self._key!r} is given twice")
             return True
-        value, text = _value(found[0], self._schemas.get(self._name, {}).get(self._key))
+        value, text = value_of(found[0], self._schemas.get(self._name, {}).get(self._key))
         opening = ", " if self._arguments else "{"
         self._arguments[self._key] = value
         text = f"{opening}{json.dumps(self._key, ensure_ascii=False)}: {text}"
@@ -398,78 +395,3 @@ _END_OF_CALL = _Tags((_END_CALL,))
 _NEXT_CALL = _Tags((_CALL,))
 _SPACE = re.compile(r"\s*")
 _NOT_IN_NAME = re.compile(r"[\s<>]")
-
-
-# ------------------------------------------------------------------ values
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is out of range")
-    return value
-
-
-def _value(text: str, types: frozenset[str] | None) -> tuple[Any, str]:
-    """The value that `text` stands for, given the JSON types its schema allows (None: no schema), and its JSON."""
-    raw = (text, json.dumps(text, ensure_ascii=False))
-    if types == frozenset({"string"}):
-        return raw
-    try:
-        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
-        as_json = json.dumps(value, ensure_ascii=False)
-    except (ValueError, RecursionError):
-        return raw
-    if isinstance(value, str) or (types and "string" in types and not types & _json_types(value)):
-        return raw
-    return value, as_json
-
-
-def _json_types(value: Any) -> set[str]:
-    if value is None:
-        return {"null"}
-    if isinstance(value, bool):
-        return {"boolean"}
-    if isinstance(value, int):
-        return {"integer", "number"}
-    if isinstance(value, float):
-        return {"number"}
-    return {"array"} if isinstance(value, list) else {"object"}
-
-
-def _argument_types(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, frozenset[str]]]:
-    """Function name -> argument -> the JSON types its schema allows; arguments of unknown type are left out."""
-    table: dict[str, dict[str, frozenset[str]]] = {}
-    for tool in tools:
-        function = tool.get("function", tool)
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            continue
-        parameters = function.get("parameters")
-        properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
-        if isinstance(properties, Mapping):
-            known = {key: _schema_types(schema) for key, schema in properties.items()}
-            table[function["name"]] = {key: types for key, types in known.items() if types}
-    return table
-
-
-def _schema_types(schema: Any) -> frozenset[str]:
-    if not isinstance(schema, Mapping):
-        return frozenset()
-    kind = schema.get("type")
-    if isinstance(kind, str):
-        return frozenset((kind,))
-    if isinstance(kind, list):
-        return frozenset(name for name in kind if isinstance(name, str))
-    choices = schema.get("enum")
-    if isinstance(choices, list) and choices:
-        return frozenset("string" if isinstance(c, str) else min(_json_types(c)) for c in choices)
-    found: frozenset[str] = frozenset()
-    for key in ("anyOf", "oneOf"):
-        options = schema.get(key)
-        if isinstance(options, list):
-            found |= frozenset(name for option in options for name in _schema_types(option))
-    return found

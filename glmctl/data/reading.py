@@ -16,7 +16,7 @@ from glmctl.errors import DataError, EnvironmentProblem, RecipeError
 
 MAX_ROW_BYTES = 16 * 1024 * 1024
 MAX_EXPANSION = 200
-"""a .gz that grows by more than this (past 64 MB) is taken for a bomb"""
+"""a .gz that grows by more than this (past 8 MB) is taken for a bomb"""
 
 
 @dataclass
@@ -73,7 +73,7 @@ def open_maybe_gzip(path: Path) -> Iterator[BinaryIO]:
     try:
         with open(path, "rb") as raw:
             if path.suffix == ".gz":
-                limit = max(64 * 1024 * 1024, MAX_EXPANSION * path.stat().st_size)
+                limit = max(8 * 1024 * 1024, MAX_EXPANSION * path.stat().st_size)
                 yield io.BufferedReader(_Capped(gzip.GzipFile(fileobj=raw), limit, path))
             else:
                 yield raw

@@ -102,12 +102,9 @@ class Tokenizer:
     """Text to token ids and back. Build one with `Tokenizer.load` or `Tokenizer.train`."""
 
     def __init__(self, backend: Any, *, where: str = "tokenizer") -> None:
-        """Wrap a `tokenizers.Tokenizer`. DataError (naming `where`) if GLM's special tokens or an id are amiss."""
+        """Wrap a `tokenizers.Tokenizer`. DataError (naming `where`) if ids have gaps or a merge makes a special."""
         self._full = backend
         self._spec: dict[str, Any] = json.loads(backend.to_str())
-        missing = [t for t in SPECIAL_TOKENS if t not in {a["content"] for a in self._spec["added_tokens"]}]
-        if missing:
-            raise DataError(f"{where}: {len(missing)} of GLM's special tokens are missing: {', '.join(missing[:4])}")
         self._ids: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         self._added = {a["content"]: int(a["id"]) for a in self._spec["added_tokens"]}
         self._hidden = {int(a["id"]) for a in self._spec["added_tokens"] if a["special"]}
@@ -150,6 +147,10 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises nothing narrower
             raise DataError(f"{path}: not a tokenizer: {error}") from error
+        # the library gives added tokens ids of its own where the file's cannot be had
+        for token in spec["added_tokens"]:
+            if backend.token_to_id(token["content"]) != token["id"]:
+                raise DataError(f"{path}: special token {token['content']!r} cannot have id {token['id']}")
         # lengths and padding are the caller's business, never the file's
         backend.no_truncation()
         backend.no_padding()
@@ -322,11 +323,13 @@ def _check_layout(spec: Any, path: Path) -> None:
     need(isinstance(vocab, dict) and bool(vocab), "'model.vocab' is not a table of tokens")
     need(isinstance(merges, list), "'model.merges' is not a list")
     need(isinstance(added, list) and all(isinstance(a, dict) for a in added), "'added_tokens' is not a list of objects")
+    need(all(isinstance(a.get("content"), str) for a in added), "an added token has no 'content'")
+    missing = [token for token in SPECIAL_TOKENS if token not in {a["content"] for a in added}]
+    need(not missing, f"{len(missing)} of GLM's special tokens are missing: {', '.join(missing[:4])}")
     total = len(vocab) + len(added)
     ids = [*vocab.values(), *(a.get("id") for a in added)]
     bad = next((i for i in ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < total), None)
     need(bad is None, f"token id {bad} is outside 0..{total - 1}")
-    need(all(isinstance(a.get("content"), str) for a in added), "an added token has no 'content'")
     contents = {a["id"]: a["content"] for a in added}
     clash = next((t for t, i in vocab.items() if contents.get(i, t) != t), None)
     need(clash is None, f"token {clash!r} has the id of a special token")

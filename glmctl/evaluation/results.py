@@ -15,6 +15,8 @@ from glmctl.evaluation.catalog import OWN_TASKS
 
 Results = dict[str, Any]
 
+COUNTS = ("sample_len", "sample_count")
+"""entries of lm-eval's results that are no figures of a model"""
 MAIN_METRICS = ("exact_match", "acc", "accuracy", "f1", "obeyed", "byte_perplexity", "word_perplexity", "perplexity")
 
 
@@ -44,11 +46,12 @@ def add_verified(results: Results, name: str, figures: Mapping[str, float], prob
 
 
 def figures(results: Results) -> Iterator[tuple[str, str, float]]:
-    """(task, metric, value) of every finite figure, filters other than lm-eval's default named in the metric."""
+    """(task, metric, value) of every finite figure; filters other than lm-eval's default named in the metric."""
     for task, entry in results.get("results", {}).items():
         for key, value in entry.items():
             metric, _, kind = key.partition(",")
-            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if number and metric not in COUNTS:
                 yield task, metric if kind in ("none", "") else f"{metric}_{kind}", float(value)
 
 

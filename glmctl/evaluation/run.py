@@ -196,11 +196,7 @@ class _Evaluation:
                 f"{self.name}: {len(found.differing)} of {len(prompts)} greedy outputs differ with MTP drafts; "
                 "two-token passes round differently where two tokens are nearly equally likely"
             )
-        return {
-            "mtp_acceptance": found.acceptance,
-            "mtp_identical": found.identical,
-            "mtp_steps_saved": found.steps_saved,
-        }
+        return {"mtp_acceptance": found.acceptance, "mtp_identical": found.identical}
 
     def _write(self, results: dict[str, Any], started: float) -> None:
         recipe = self.recipe

@@ -63,7 +63,7 @@ def find_segments(documents_BT: Tensor) -> Segments:
     buckets: list[Bucket] = []
     sources, places = [], torch.full((B * T,), -1, dtype=torch.int64)
     offset = 0
-    for size in padded.unique().tolist():
+    for size in sorted(set(padded.tolist())):
         mine = (padded == size).nonzero().squeeze(1)
         within = torch.arange(size).expand(len(mine), size)
         inside = within < length[mine, None]
@@ -98,7 +98,7 @@ def document_attention(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, segments:
 def masked(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, segments: Segments) -> Tensor:
     """The definition: softmax over the allowed scores of the whole row."""
     ids = segments.documents_BT
-    B, T, H, d = q_BTHd.shape
+    T, H, d = q_BTHd.shape[1:]
     starts = torch.ones_like(ids, dtype=torch.bool)
     starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
     run_BT = starts.cumsum(1)

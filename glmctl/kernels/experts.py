@@ -26,9 +26,7 @@ def experts(x_ND: Tensor, index_NK: Tensor, weight_NK: Tensor, gate_up_EGD: Tens
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x_ND, gate_up_EGD, down_EDI = x_ND.to(dtype), gate_up_EGD.to(dtype), down_EDI.to(dtype)
-    result: Tensor = op("experts", device, x_ND.dtype)(
-        x_ND, index_NK, weight_NK.to(x_ND.dtype), gate_up_EGD, down_EDI
-    )
+    result: Tensor = op("experts", device, x_ND.dtype)(x_ND, index_NK, weight_NK.to(x_ND.dtype), gate_up_EGD, down_EDI)
     return result
 
 
@@ -130,7 +128,7 @@ class _Experts(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, Tensor, Tensor, Tensor]:
         x_SD, gate_up_SG, weight_S1, gate_up_EGD, down_EDI = ctx.saved_tensors
         order: _Order = ctx.order

@@ -105,7 +105,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
@@ -134,7 +134,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return torch.cat([*parts, empty])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         hidden_ND, weight_VD, targets_N, normaliser_N = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden_ND)

@@ -48,7 +48,8 @@ def in_one_function(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    result: Tensor = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return result
 
 
 class _RmsNorm(torch.autograd.Function):

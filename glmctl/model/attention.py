@@ -49,7 +49,7 @@ class Cached:
         B, T = positions_BT.shape
         assert len(range(*rows.indices(cache.rows))) == B, "cache rows and batch differ"
         lowest, highest = (int(x) for x in positions_BT.aminmax())
-        assert lowest >= 0 and highest < cache.max_length, "position outside the cache"
+        assert 0 <= lowest <= highest < cache.max_length, "position outside the cache"
         self.cache, self.rows, self.positions_BT = cache, rows, positions_BT
         self.seen = highest + 1
         expected = torch.arange(T, device=positions_BT.device)
@@ -88,7 +88,8 @@ def sight(documents_BT: Tensor | None, cache: KVCache | None, rows: slice | None
         return WholeRows()
     packed = PackedDocuments(documents_BT)
     B, T = documents_BT.shape
-    if len(packed.segments.buckets) == 1 and packed.segments.buckets[0] == (B, T):
-        if bool((documents_BT[:, 0] >= 0).all()):
-            return WholeRows()
+    one_each = packed.segments.buckets == [(B, T)] and bool((documents_BT[:, 0] >= 0).all())
+    # then every row is one document from its first column on, and what follows it is padding
+    if one_each:
+        return WholeRows()
     return packed

@@ -137,6 +137,5 @@ class DecoderLayer(nn.Module):
         """x [B, T, D] -> [B, T, D]."""
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), shared)
         normed_BTD = self.post_attention_layernorm(x_BTD)
-        if isinstance(self.mlp, MoE):
-            return x_BTD + self.mlp(normed_BTD, shared.stats)
-        return x_BTD + self.mlp(normed_BTD)
+        out_BTD: Tensor = self.mlp(normed_BTD, shared.stats) if isinstance(self.mlp, MoE) else self.mlp(normed_BTD)
+        return x_BTD + out_BTD

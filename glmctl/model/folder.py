@@ -22,7 +22,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
-_FIXED = {"hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "qk_layernorm": None}
+_FIXED = {"hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+"""keys some releases state and this code has one answer to"""
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -31,9 +32,9 @@ def load_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     if body.get("model_type") != "glm4_moe":
         raise DataError(f"{path}: model_type is {body.get('model_type')!r}, expected 'glm4_moe'")
-    for key in ("hidden_act", "scoring_func", "topk_method"):
-        if key in body and body[key] != _FIXED[key]:
-            raise DataError(f"{path}: {key} is {body[key]!r}; only {_FIXED[key]!r} is supported")
+    for key, value in _FIXED.items():
+        if body.get(key, value) != value:
+            raise DataError(f"{path}: {key} is {body[key]!r}; only {value!r} is supported")
     rope = body.get("rope_scaling") or body.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
     if kind != "default":
@@ -48,9 +49,7 @@ def load_config(folder: Path) -> ModelConfig:
         raise DataError(f"{path}: {where + ': ' if where else ''}{first['msg']}") from error
 
 
-def load_model(
-    folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> GlmMoe:
+def load_model(folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> GlmMoe:
     """Build the model of a folder and fill it.
 
     dtype None keeps the files' dtype (the widest, where they mix). Router biases are always fp32. The MTP layer's
@@ -100,7 +99,9 @@ def save_model(
     named = dtype or model.dtype
     config = model.config.to_hf(dtype=str(named).removeprefix("torch."))
     written = [_write_json(folder / "config.json", config)]
-    generation: dict[str, Any] = {"_from_model_config": True, "eos_token_id": list(model.config.eos_token_id)}
+    generation: dict[str, Any] = {"_from_model_config": True}
+    if model.config.eos_token_id:
+        generation["eos_token_id"] = list(model.config.eos_token_id)
     if model.config.pad_token_id is not None:
         generation["pad_token_id"] = model.config.pad_token_id
     written.append(_write_json(folder / "generation_config.json", generation))

@@ -31,7 +31,9 @@ def generate(
     cache = None
     if use_cache:
         length = len(prompt_tokens) + max_tokens
-        cache = KVCache(model.config, 1, length, device=device, dtype=model.dtype, layers=model.config.num_hidden_layers)
+        cache = KVCache(
+            model.config, 1, length, device=device, dtype=model.dtype, layers=model.config.num_hidden_layers
+        )
     pending, position = list(prompt_tokens), 0
     while len(made) < max_tokens:
         tokens_BT = torch.tensor([pending], device=device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class GlmMoe(nn.Module):
         with torch.device("meta"):
             # the plain constructor draws normal_ on meta, which imports torch._dynamo: seconds for every command
             table_VD = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
-            self.embed_tokens = nn.Embedding.from_pretrained(table_VD, freeze=False)
+            self.embed_tokens = nn.Embedding.from_pretrained(table_VD, freeze=False)  # type: ignore[no-untyped-call]
             self.layers = nn.ModuleList(
                 DecoderLayer(config, layer, dtype=dtype) for layer in range(config.num_hidden_layers)
             )
@@ -59,6 +59,14 @@ class GlmMoe(nn.Module):
         if target.type != "meta":
             self.to_empty(device=target)
             self._initialise(seed)
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Self:
+        """Storage on `device` for every tensor, contents undefined.
+
+        torch's own goes through empty_like on meta, which imports sympy: seconds for every command.
+        """
+        result: Self = self._apply(lambda x: torch.empty(x.shape, dtype=x.dtype, device=device), recurse)  # type: ignore[no-untyped-call]
+        return result
 
     @torch.no_grad()
     def _initialise(self, seed: int | None) -> None:
@@ -84,12 +92,14 @@ class GlmMoe(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.embed_tokens.weight.device
+        device: torch.device = self.embed_tokens.weight.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the embedding."""
-        return self.embed_tokens.weight.dtype
+        dtype: torch.dtype = self.embed_tokens.weight.dtype
+        return dtype
 
     def forward(
         self,

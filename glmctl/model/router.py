@@ -101,7 +101,7 @@ class Router(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves like any module, but the bias keeps fp32 under `model.to(bfloat16)`: its steps of 1e-3 would vanish."""
         before = self.e_score_correction_bias
-        result = super()._apply(fn, recurse)
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         after = self.e_score_correction_bias
         if after.dtype != torch.float32:
             self.e_score_correction_bias = before.to(device=after.device)

@@ -7,6 +7,7 @@ strangers, so it is bounded and checked before anything is allocated from it.
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 from collections.abc import Iterable
@@ -117,19 +118,19 @@ def _slot(path: Path, name: str, description: Any, base: int) -> Slot:
     dtype = _DTYPES.get(str(description.get("dtype")))
     if dtype is None:
         raise refuse(f"dtype {description.get('dtype')!r} is not supported")
-    shape, offsets = description.get("shape"), description.get("data_offsets")
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    shape, offsets = _naturals(description.get("shape")), _naturals(description.get("data_offsets"))
+    if shape is None or offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise refuse("shape or data_offsets is malformed")
-    count = 1
-    for n in shape:
-        count *= n
+    count = math.prod(shape)
     if count * dtype.itemsize != offsets[1] - offsets[0]:
         raise refuse(f"shape {shape} does not fit its {offsets[1] - offsets[0]} bytes")
     return Slot(dtype, tuple(shape), base + offsets[0], offsets[1] - offsets[0])
 
 
-def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 60 for n in value)
+def _naturals(value: Any) -> list[int] | None:
+    if isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 60 for n in value):
+        return value
+    return None
 
 
 def _check_extent(path: Path, slots: dict[str, Slot], base: int, size: int) -> None:
@@ -166,7 +167,7 @@ def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> int:
         file.write(raw)
         for _, tensor in listed:
             plain = tensor.detach().contiguous().cpu().reshape(-1)
-            file.write(memoryview(plain.view(torch.uint8).numpy()))
+            file.write(plain.view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
     return 8 + len(raw) + offset

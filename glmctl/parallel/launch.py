@@ -53,4 +53,7 @@ def command() -> list[str]:
     if os.path.basename(script) == "glmctl" and os.path.isfile(script):
         return [os.path.abspath(script)]
     found = shutil.which("glmctl", path=os.path.dirname(sys.executable))
-    return [found] if found else [sys.executable, "-P", "-m", "glmctl"]
+    if found:
+        return [found]
+    # as this interpreter was started: with -P, the working directory stays off the ranks' path too
+    return [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", "glmctl"]

@@ -38,6 +38,11 @@ class Document:
                 return self.marks[path[:end]]
         return "recipe"
 
+    def blame(self, path: KeyPath) -> str:
+        """Like `where`, but a section that an override reached into is the override's."""
+        inside = [mark for key, mark in self.marks.items() if key[: len(path)] == path and "set " in mark]
+        return inside[-1] if inside and path else self.where(path)
+
 
 class _Loader(yaml.SafeLoader):
     """Composes nodes only; scalars get their tags from the table below, not YAML 1.1's."""
@@ -92,13 +97,13 @@ def read(path: Path) -> Document:
 
 
 def parse(text: str, label: str, marks: dict[KeyPath, str] | None = None) -> Any:
-    """The value that YAML `text` holds; lines of its keys are added to `marks` as `label:line`."""
+    """The value that YAML `text` holds. With `marks` (a file), its keys' lines go there as `label:line`."""
     try:
         node = yaml.compose(text, Loader=_Loader)
-        return _Builder(label, marks if marks is not None else {}).build(node, ()) if node is not None else None
+        return _Builder(label, marks).build(node, ()) if node is not None else None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark is not None else ""
+        line = f":{mark.line + 1}" if mark is not None and marks is not None else ""
         raise RecipeError(f"{label}{line}: not valid YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{label}: not valid YAML: {str(error).splitlines()[0]}") from error
@@ -123,8 +128,9 @@ def describe(value: object) -> str:
 class _Builder:
     """Walks the node graph into plain data, remembering lines, counting every visit of every node."""
 
-    def __init__(self, label: str, marks: dict[KeyPath, str]) -> None:
-        self.label, self.marks = label, marks
+    def __init__(self, label: str, marks: dict[KeyPath, str] | None) -> None:
+        self.label, self.numbered = label, marks is not None
+        self.marks = {} if marks is None else marks
         self.nodes = 0
         self.open: set[int] = set()
 
@@ -176,7 +182,7 @@ class _Builder:
             raise RecipeError(f"{self.at(node)}: not a number: {describe(node.value)}") from error
 
     def at(self, node: yaml.Node) -> str:
-        return f"{self.label}:{node.start_mark.line + 1}"
+        return f"{self.label}:{node.start_mark.line + 1}" if self.numbered else self.label
 
 
 def dotted(path: KeyPath) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from typing import Any, Literal, Union
@@ -24,20 +25,28 @@ _EXPECTED = {
     "finite": "a finite number",
 }
 
+_OF_SECTIONS = ("value_error", "union_tag_invalid", "union_tag_not_found")
+
 
 def explain(error: ValidationError, recipe_class: type[BaseModel], document: Document) -> RecipeError:
     """The error a user sees: the first problem in full (misspelt keys before all others), and how many more."""
     problems = sorted(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
     first = problems[0]
     path, section = locate(recipe_class, first["loc"])
-    place = document.where(path)
-    key = dotted(path)
-    # `--set a.b` already names the key
-    prefix = place if place.endswith(f"set {key}") or not key else f"{place}: {key}"
+    place = document.blame(path) if first["type"] in _OF_SECTIONS else document.where(path)
+    prefix = _prefix(place, dotted(path))
     # a misspelt required key is reported twice, as unknown and as missing: say it once
     rest = [p for p in problems[1:] if not (first["type"] == "extra_forbidden" and p["type"] == "missing")]
     more = f" (and {len(rest)} more)" if rest else ""
     return RecipeError(f"{prefix}: {_what(first, section)}{more}")
+
+
+def _prefix(place: str, key: str) -> str:
+    """Place and key; the key is left out where the place is an option that names it."""
+    option = place.rpartition("set ")[2] if "set " in place else None
+    named = option is not None and f"{option}.".startswith(f"{key}.")
+    typed = place.startswith("--") and option is None
+    return place if named or typed or not key else f"{place}: {key}"
 
 
 def locate(recipe_class: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[KeyPath, type[BaseModel] | None]:
@@ -118,8 +127,8 @@ def _what(problem: ErrorDetails, section: type[BaseModel] | None) -> str:
         return f"{describe(value)} does not match {context['pattern']}"
     family = kind.partition("_")[0]
     if kind in ("too_short", "too_long", "missing_argument") or family not in _EXPECTED:
-        text = problem["msg"].removeprefix("Input should ").removeprefix("Value should ")
-        return f"must {text}, got {describe(value)}" if text != problem["msg"] else text
+        text = re.sub(r"^\w+ should ", "must ", problem["msg"]).partition(" after validation")[0]
+        return f"{text}, got {describe(value)}"
     return f"expected {_EXPECTED[family]}, got {describe(value)}"
 
 

@@ -115,7 +115,7 @@ def _file(path: Path) -> Path:
         return path
     if path.is_dir():
         raise RecipeError(f"{path}: is a folder, not a recipe")
-    siblings = [p.name for p in path.parent.iterdir() if p.suffix in SUFFIXES] if path.parent.is_dir() else []
-    match = nearest(path.name, siblings)
-    suffix = f"; did you mean '{path.with_name(match)}'?" if match else ""
+    siblings = [p for p in path.parent.iterdir() if p.suffix in SUFFIXES] if path.parent.is_dir() else []
+    match = nearest(path.stem, {p.stem: p for p in siblings})
+    suffix = f"; did you mean '{path.with_name(match + path.suffix)}'?" if match else ""
     raise RecipeError(f"{path}: no such recipe file{suffix}")

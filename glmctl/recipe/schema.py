@@ -196,6 +196,9 @@ class ArithmeticTask(Section):
     terms: tuple[int, int] = (2, 3)
     max_value: int = Field(99, gt=0)
     operators: str = Field("+-", pattern=r"^[+*-]+$")
+    hasty: float = Field(
+        0.0, ge=0.0, le=1.0, description="share of demonstrations that write the result in one go, without steps"
+    )
 
 
 class ToolUseTask(Section):

@@ -42,7 +42,8 @@ from glmctl.training.step import Stepper
 def run(recipe: RlRecipe, run: Run) -> dict[str, Any]:
     """Train `recipe.model` on verifiable rewards and export the result as a Hugging Face folder.
 
-    Summary: heldout_start, heldout_end (0..1), heldout_gain_points, reward_first, reward_last, steps, well_formed.
+    Summary: heldout_start, heldout_end (greedy accuracy, 0..1), heldout_gain_points, well_formed_start, well_formed
+    (share of held-out answers that the template parses, before and after), reward_first, reward_last, steps.
     Raises RecipeError for a recipe that cannot learn, the named errors of `rl.learn` when an invariant breaks,
     EnvironmentProblem when over 20% of a batch's rollouts fail in the machinery, Interrupted after a signal.
     """
@@ -221,5 +222,6 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "reward_first": rewards[0],
         "reward_last": rewards[-1],
         "steps": rows[-1]["step"],
+        "well_formed_start": scores[0]["heldout_well_formed"],
         "well_formed": scores[-1]["heldout_well_formed"],
     }

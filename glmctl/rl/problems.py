@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from glmctl import console
+from glmctl.data.conversations import Conversation
 from glmctl.errors import RecipeError
 from glmctl.recipe.schema import ArithmeticTask, ProblemsRecipe
 from glmctl.rl.environment import Problem
@@ -26,7 +27,7 @@ def run(recipe: ProblemsRecipe, run: Run) -> dict[str, Any]:
         raise RecipeError(f"cold_start ({recipe.cold_start}) exceeds train ({recipe.train}): it is drawn from it")
     problems = generate(recipe)
     heldout, train = problems[: recipe.heldout], problems[recipe.heldout :]
-    demonstrations = [demonstrate(problem).row() for problem in train[: recipe.cold_start]]
+    demonstrations = [show(problem, recipe).row() for problem in train[: recipe.cold_start]]
     with atomic.publish(run.export) as folder:
         atomic.write_text(folder / "train.jsonl", _lines(problem.to_row() for problem in train))
         atomic.write_text(folder / "heldout.jsonl", _lines(problem.to_row() for problem in heldout))
@@ -42,6 +43,14 @@ def generate(recipe: ProblemsRecipe) -> list[Problem]:
     if isinstance(recipe.task, ArithmeticTask):
         return arithmetic.generate(recipe.task, count, rng)
     return tool_use.generate(recipe.task, count, rng)
+
+
+def show(problem: Problem, recipe: ProblemsRecipe) -> Conversation:
+    """The demonstration of one training problem, in the manner that the recipe's shares and seed give it."""
+    if not isinstance(recipe.task, ArithmeticTask):
+        return demonstrate(problem)
+    draw = random.Random(derive_seed(recipe.seed, "manner", problem.id)).random()
+    return arithmetic.demonstrate(problem, hasty=draw < recipe.task.hasty)
 
 
 def _lines(rows: Iterable[dict[str, Any]]) -> str:

@@ -15,13 +15,19 @@ HEADLINES: dict[str, tuple[str, ...]] = {
     "problems": ("train", "heldout", "cold_start"),
     "pretrain": ("validation_loss", "unigram_entropy", "validation_loss_below_unigram", "tokens_per_second", "max_vio"),
     "sft": ("loss", "validation_loss", "steps"),
-    "rl": ("heldout_start", "heldout_end", "heldout_gain_points", "reward_last", "well_formed"),
+    "rl": ("heldout_start", "heldout_end", "heldout_gain_points", "well_formed_start", "well_formed"),
     "distill": ("*_expert", "*_hybrid", "*_ratio", "direct_obeyed", "thinking_obeyed"),
     "eval": ("*",),
     "convert": ("verified", "tensors", "bytes"),
     "serve": ("reply", "mtp_acceptance", "tokens_per_second"),
 }
 """By recipe type, patterns of summary keys in the order in which they are shown."""
+
+BESIDE = (
+    *("_stderr", "_acc_norm", "_well_formed", "_thinking_rate", "_mean_tokens", "_answered"),
+    *("_word_perplexity", "_bits_per_byte"),
+)
+"""Ends of evaluation keys that stand beside a task's main figure."""
 
 SHARES = (
     "heldout_start",
@@ -33,12 +39,12 @@ SHARES = (
     "*_expert",
     "*_hybrid",
     "*_obeyed",
-    "*well_formed",
+    "*well_formed*",
     "*thinking_rate",
     "*accuracy",
     "*arithmetic",
     "*tool_use",
-    "*glmctl_cloze",
+    "*glmctl_cloze*",
     "*glmctl_nothink",
 )
 """Keys whose value is a share of one, written in percent."""
@@ -47,12 +53,12 @@ SHARES = (
 def headline(kind: str, summary: Mapping[str, Any], limit: int = 8) -> dict[str, Any]:
     """The figures of one stage that its type is about, at most `limit`; the first scalars for an unknown type.
 
-    Of an evaluation those of its last model.
+    Of an evaluation the main figures of its last model.
     """
     if kind == "eval" and summary:
         # the last model is the one that the others lead up to
         model = list(summary)[-1].partition("/")[0]
-        summary = {key: value for key, value in summary.items() if key.startswith(f"{model}/")}
+        summary = {k: v for k, v in summary.items() if k.startswith(f"{model}/") and not k.endswith(BESIDE)}
     found: dict[str, Any] = {}
     for pattern in HEADLINES.get(kind, ("*",)):
         found.update({k: v for k, v in summary.items() if _scalar(v) and k not in found and fnmatchcase(k, pattern)})

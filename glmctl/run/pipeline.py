@@ -265,7 +265,7 @@ def _show_plan(recipe: PipelineRecipe, root: Path, stages: list[Stage], plan: li
 def _show_result(summary: dict[str, Any], root: Path, ran: int) -> None:
     rows = []
     for name, stage in summary["stages"].items():
-        figures = headline(stage["type"], stage["summary"])
+        figures = headline(stage["type"], stage["summary"], 6)
         measured = "  ".join(f"{words(key)} {figure(key, value)}" for key, value in figures.items())
         rows.append([name, console.duration(stage["seconds"]), measured])
     console.table(f"{summary['name']}: measured", ["stage", "time", "result"], rows)

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from glmctl.run.charts import Mark, Point, Series, bar_chart, heat_map, line_chart
-from glmctl.run.headline import figure, words
+from glmctl.run.headline import BESIDE, figure, words
 from glmctl.run.view import StageView, of_kind
 
 Rows = list[dict[str, Any]]
@@ -32,17 +32,13 @@ def section(title: str, text: str, charts: Iterable[str]) -> str:
     return f'<h2>{escape(title)}</h2><p>{escape(text)}</p><div class="grid">{cards}</div>' if cards else ""
 
 
-def column(rows: Rows, x: str, *names: str) -> list[Point]:
-    """Points (row[x], row[name]) of the rows that have both, for the first of `names` that any row has."""
-    for name in names:
-        points = [
-            (float(row[x]), float(row[name]))
-            for row in rows
-            if isinstance(row.get(x), int | float) and isinstance(row.get(name), int | float)
-        ]
-        if points:
-            return points
-    return []
+def column(rows: Rows, x: str, name: str) -> list[Point]:
+    """Points (row[x], row[name]) of the rows that have both."""
+    return [
+        (float(row[x]), float(row[name]))
+        for row in rows
+        if isinstance(row.get(x), int | float) and isinstance(row.get(name), int | float)
+    ]
 
 
 def _window(points: Sequence[Point]) -> int:
@@ -69,7 +65,7 @@ def pretrain_section(stage: StageView) -> str:
     floor = [Mark(float(unigram), f"unigram entropy {float(unigram):.2f}")] if unigram is not None else []
     borders = stage_borders(rows, x)
     mtp, mtp_validation = column(rows, x, "mtp_loss"), column(rows, x, "validation_mtp_loss")
-    violation, rate, batch = column(rows, x, "max_vio"), column(rows, x, "lr"), column(rows, x, "batch_tokens")
+    violation, rate = column(rows, x, "max_vio"), column(rows, x, "lr")
     norm = column(rows, x, "grad_norm")
     charts: list[str] = []
     if train or validation:
@@ -117,9 +113,9 @@ def pretrain_section(stage: StageView) -> str:
                 [Series("norm", norm, smooth=_window(norm), color=6)], title="Gradient norm", x_label=x, log_y=True
             )
         )
-    if len({y for _, y in batch}) > 1:
-        charts.append(line_chart([Series("tokens", batch, color=7)], title="Batch ramp", x_label=x, zero=True))
-    charts.extend(load_maps(rows))
+    maps = load_maps(rows)
+    if maps:
+        charts.append(f'<div class="card wide"><div class="grid">{"".join(maps)}</div></div>')
     text = (
         "Training and held-out loss over tokens. The dashed line is what knowing only the frequency of each token "
         "would cost; bias updates, not a loss, keep the experts evenly used."
@@ -204,8 +200,8 @@ def rl_section(stages: list[StageView]) -> str:
     charts: list[str] = []
     for stage in stages:
         tail = f" ({stage.name})" if len(stages) > 1 else ""
-        reward = column(stage.rows, "step", "reward", "reward_mean")
-        heldout = column(stage.rows, "step", "heldout", "heldout_accuracy", "accuracy")
+        reward = column(stage.rows, "step", "reward_mean")
+        heldout = column(stage.rows, "step", "heldout")
         if not heldout and {"heldout_start", "heldout_end"} <= stage.summary.keys():
             end = reward[-1][0] if reward else 1.0
             heldout = [(0.0, float(stage.summary["heldout_start"])), (end, float(stage.summary["heldout_end"]))]
@@ -217,15 +213,15 @@ def rl_section(stages: list[StageView]) -> str:
             title = f"Reward and held-out accuracy{tail}"
             picture = line_chart(lines, title=title, y_label="share of 1", zero=True, width=1100, height=300)
             charts.append(f'<div class="card wide">{picture}</div>')
-        for names, title, color in (
-            (("entropy",), "Entropy of the policy", 2),
-            (("response_tokens", "mean_tokens", "tokens_mean", "length"), "Tokens in a reply", 3),
-            (("clip_fraction", "clipped"), "Clipped share of tokens", 4),
-            (("logprob_gap", "log_prob_gap", "train_rollout_gap"), "Engine and trainer log-prob gap", 5),
+        for name, title, color in (
+            ("entropy", "Entropy of the policy", 2),
+            ("tokens_mean", "Tokens in an episode", 3),
+            ("clip_fraction", "Clipped share of tokens", 4),
+            ("logprob_gap", "Gap between engine and trainer log-probs", 5),
         ):
-            points = column(stage.rows, "step", *names)
-            if points:
-                line = Series(names[0], points, smooth=_window(points), color=color)
+            points = column(stage.rows, "step", name)
+            if any(y for _, y in points):
+                line = Series(words(name), points, smooth=_window(points), color=color)
                 charts.append(line_chart([line], title=f"{title}{tail}", zero=True))
     text = "Groups of samples are rewarded by a verifier and compared within the group (GRPO, no KL term)."
     return section("Reinforcement learning", text, charts)
@@ -299,5 +295,6 @@ def _matrix(table: dict[str, dict[str, Any]]) -> str:
 
 def _is_score(task: str, row: dict[str, Any]) -> bool:
     """Main figures that are shares; what stands beside them (`..._well_formed`) is in the table only."""
-    beside = ("_stderr", "_well_formed", "_thinking_rate", "_acc_norm", "_answered", "mtp_acceptance", "mtp_identical")
-    return not task.endswith(beside) and all(0 <= value <= 1 for value in row.values())
+    return not task.endswith((*BESIDE, "mtp_acceptance", "mtp_identical")) and all(
+        0 <= value <= 1 for value in row.values()
+    )

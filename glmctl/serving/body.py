@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -19,6 +19,10 @@ MAX_BODY_BYTES = 8 * 1024 * 1024
 MAX_DEPTH = 64
 BODY_SECONDS = 30.0
 _MAX_INTEGER_DIGITS = 20
+_PARSED_IN_PLACE = 64 * 1024
+
+_Path: TypeAlias = "tuple[_Path, str | int] | None"
+"""where a value stands: its parent's path and its key or index, so that no text is made unless it is needed"""
 
 
 async def read_json(request: Request) -> dict[str, Any]:
@@ -30,7 +34,8 @@ async def read_json(request: Request) -> dict[str, Any]:
         raise ApiError(408, f"the request body did not arrive within {BODY_SECONDS:g} s") from error
     except ClientDisconnect as error:
         raise ApiError(400, "the client went away before its request was complete") from error
-    return parse(raw)
+    # a large body takes seconds to check; the event loop goes on meanwhile
+    return parse(raw) if len(raw) <= _PARSED_IN_PLACE else await asyncio.to_thread(parse, raw)
 
 
 async def _read(request: Request) -> bytes:
@@ -96,29 +101,40 @@ def _bounded(text: str) -> int:
 
 def _check_strings(top: dict[str, Any]) -> None:
     """Refuse what nests deeper than MAX_DEPTH, and strings that no UTF-8 text could hold, naming the field."""
-    pending: list[tuple[Any, str, int]] = [(top, "", 1)]
+    pending: list[tuple[Any, _Path, int]] = [(top, None, 1)]
     while pending:
         value, path, depth = pending.pop()
         if isinstance(value, str):
             _check_text(value, path)
-        elif isinstance(value, dict | list):
-            if depth > MAX_DEPTH:
-                raise _too_deep()
-            if isinstance(value, list):
-                pending += [(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]
-                continue
-            for key, item in value.items():
-                _check_text(key, path)
-                pending.append((item, f"{path}.{key}" if path else key, depth + 1))
+            continue
+        if not isinstance(value, dict | list):
+            continue
+        if depth > MAX_DEPTH:
+            raise _too_deep()
+        if isinstance(value, list):
+            pending += [(item, (path, index), depth + 1) for index, item in enumerate(value)]
+            continue
+        for key, item in value.items():
+            _check_text(key, path)
+            pending.append((item, (path, key), depth + 1))
 
 
-def _check_text(text: str, path: str) -> None:
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            param = _shown(path) or None
-            raise ApiError(400, f"{param}: a lone surrogate is not text", param=param, code="invalid_text") from error
+def _check_text(text: str, path: _Path) -> None:
+    if text.isascii():
+        return
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        param = _shown(_named(path)) or None
+        raise ApiError(400, f"{param}: a lone surrogate is not text", param=param, code="invalid_text") from error
+
+
+def _named(path: _Path) -> str:
+    steps = []
+    while path is not None:
+        path, step = path
+        steps.append(f"[{step}]" if isinstance(step, int) else f".{step}")
+    return "".join(reversed(steps)).removeprefix(".")
 
 
 def _shown(text: str) -> str:

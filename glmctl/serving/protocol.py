@@ -26,7 +26,7 @@ MAX_TOKENS_FIELD = 10_000_000
 
 ShortText = Annotated[str, Field(max_length=512)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1_000_000)]
 
 
 class Part(BaseModel):

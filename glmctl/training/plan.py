@@ -1,6 +1,6 @@
-"""Every step of a pretraining run, known before it starts: a pure function of the recipe and the number of ranks.
+"""Every step of a pretraining run, known before it starts: a pure function of the recipe.
 
-That makes resuming exact: the number of steps done is the whole position.
+That makes resuming exact: the number of steps done is the whole position, on any number of processes.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class PlannedStep:
     ends_stage: bool
 
 
-def plan_steps(recipe: PretrainRecipe, processes: int = 1) -> list[PlannedStep]:
+def plan_steps(recipe: PretrainRecipe) -> list[PlannedStep]:
     """The steps of all stages under one cosine over all tokens (GLM-4.5 report section 2.4).
 
-    A step holds as many whole sequences as fit in the ramped batch, at least one a process. A stage ends exactly at
-    its token count: its last step is smaller (and its last sequence counted in part). MTP weight and bias rate
-    switch with the first step that starts at or after their token count.
+    A step holds as many whole sequences as fit in the ramped batch, at least one. A stage ends exactly at its token
+    count: its last step is smaller (and its last sequence counted in part). MTP weight and bias rate switch with the
+    first step that starts at or after their token count.
     """
     steps: list[PlannedStep] = []
     tokens = 0
@@ -43,9 +43,7 @@ def plan_steps(recipe: PretrainRecipe, processes: int = 1) -> list[PlannedStep]:
         first, end = 0, tokens + stage.tokens
         while tokens < end:
             left = -(-(end - tokens) // stage.sequence_length)
-            fitting = max(processes, batch_tokens_at(tokens, recipe.batch) // stage.sequence_length)
-            # the last step takes a rest that would leave some process without a sequence
-            sequences = max(left, processes) if left < fitting + processes else fitting
+            sequences = min(left, max(1, batch_tokens_at(tokens, recipe.batch) // stage.sequence_length))
             after = min(end, tokens + sequences * stage.sequence_length)
             steps.append(
                 PlannedStep(

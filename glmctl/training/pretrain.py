@@ -56,7 +56,7 @@ def run(recipe: PretrainRecipe, run: Run) -> dict[str, Any]:
         policy=recipe.checkpoint,
         trackers=recipe.trackers,
     )
-    plan = plan_steps(recipe, accelerator.num_processes)
+    plan = plan_steps(recipe)
     prompts = [(text, tokenizer.encode_plain(text)) for text in recipe.sample_prompts]
 
     done = session.resume()
@@ -68,13 +68,15 @@ def run(recipe: PretrainRecipe, run: Run) -> dict[str, Any]:
             stage = stages[step.stage]
             model.set_rope_theta(stage.rope_theta)
             clock = Clock()
+            batches, idle = stage.micro_batches(step, accelerator, recipe.batch.micro_tokens)
             metrics = session.stepper.lm_step(
-                stage.micro_batches(step, accelerator, recipe.batch.micro_tokens),
+                batches,
                 lr=step.lr,
                 mtp_weight=step.mtp_weight,
                 sequence_loss_weight=recipe.balance.sequence_loss_weight,
                 bias_update_rate=step.bias_update_rate,
                 center=recipe.balance.center,
+                idle=idle,
             )
             batch_tokens = step.sequences * stage.sequence_length
             row: dict[str, Any] = {
@@ -110,11 +112,17 @@ class StageData:
     entropy: float
     """unigram entropy of the validation text under its own distribution, nats per token"""
 
-    def micro_batches(self, step: PlannedStep, accelerator: Accelerator, micro_tokens: int | None) -> list[Batch]:
-        """This rank's rows of the step; one forward has at most `micro_tokens` tokens, but at least one row."""
+    def micro_batches(
+        self, step: PlannedStep, accelerator: Accelerator, micro_tokens: int | None
+    ) -> tuple[list[Batch], bool]:
+        """This rank's rows of the step, and whether it has none of its own (then the rows are a stand-in).
+
+        One forward has at most `micro_tokens` tokens, but at least one row.
+        """
         start, stop = share(step.sequences, accelerator)
-        batch = self.batches.batch(step.first_sequence + start, stop - start)
-        return batch.split(self._micro_rows(micro_tokens, len(batch)))
+        idle = start == stop
+        batch = self.batches.batch(step.first_sequence + start * (not idle), max(1, stop - start))
+        return batch.split(self._micro_rows(micro_tokens, len(batch))), idle
 
     def validation_loss(self, model: GlmMoe, accelerator: Accelerator, micro_tokens: int | None) -> float:
         """Mean of -log p(next token) in nats over the fixed validation rows, main head only."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from glmctl import console
 from glmctl.data.batches import Batch
@@ -62,7 +62,10 @@ class Stepper:
         """non-finite steps so far; part of a checkpoint's state"""
         self.skipped_in_row = 0
         self._world = accelerator.num_processes
-        self._losses = accelerator.prepare(LossModule(model, always_mtp=self._world > 1))
+        self._losses: nn.Module = LossModule(model, always_mtp=self._world > 1)
+        if self._world > 1 or accelerator.mixed_precision != "no":
+            # otherwise there is nothing to wrap, and asking costs the import of torch.distributed.tensor
+            self._losses = accelerator.prepare(self._losses)
         self._reduced = True
 
     # ------------------------------------------------------------------ language modelling
@@ -76,17 +79,22 @@ class Stepper:
         sequence_loss_weight: float = 0.0,
         bias_update_rate: float = 0.0,
         center: bool = False,
+        idle: bool = False,
     ) -> StepMetrics:
         """One step over this rank's micro-batches (at least one).
 
         The loss is main / M + mtp_weight * mtp / M2 + sequence_loss_weight * balance, where M and M2 are the
         numbers of main and MTP targets over all micro-batches and ranks, so cutting a batch differently changes
         nothing; balance is the mean over all sequences. Router biases move once, by the summed counts.
+
+        `idle`: this rank has no rows in this step; it passes any batch, which takes part in the communication and
+        counts for nothing.
         """
         assert batches, "a step needs a batch on every rank"
         device = self.accelerator.device
         sizes = [[b.target_count, b.mtp_target_count, _sequences(b)] for b in batches]
-        totals = sum_over_ranks(torch.tensor(sizes).sum(0), self.accelerator).tolist()
+        mine = 0 if idle else 1
+        totals = sum_over_ranks(torch.tensor(sizes).sum(0) * mine, self.accelerator).tolist()
         targets, mtp_targets, sequences = (max(1, int(n)) for n in totals)
         sums = torch.zeros(3, dtype=torch.float64)
         counts_LE: Tensor | None = None
@@ -94,22 +102,22 @@ class Stepper:
             last = index == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self._losses):
                 found: Losses = self._losses(batch.to(device), mtp_weight > 0, sequence_loss_weight > 0)
+                main, mtp = found.main / targets, found.mtp / mtp_targets
                 balance = found.balance * (sizes[index][2] / sequences)
-                loss = found.main / targets + found.mtp * (mtp_weight / mtp_targets) + balance * sequence_loss_weight
+                loss = main + mtp_weight * mtp + sequence_loss_weight * balance
                 # DDP averages over the ranks; the sum is wanted
-                self.accelerator.backward(loss * self._world)
-            parts = [found.main / targets, found.mtp / mtp_targets, balance]
-            sums += torch.stack([part.detach().double().cpu() for part in parts])
-            counts_LE = found.counts_LE if counts_LE is None else counts_LE + found.counts_LE
+                self.accelerator.backward(loss * (self._world * mine))
+            sums += torch.stack([part.detach().double().cpu() * mine for part in (main, mtp, balance)])
+            counts_LE = found.counts_LE * mine if counts_LE is None else counts_LE + found.counts_LE * mine
         assert counts_LE is not None
         sums = sum_over_ranks(sums, self.accelerator)
         counts_LE = sum_over_ranks(counts_LE, self.accelerator).cpu()
-        main, mtp, even = (float(value) for value in sums)
-        total = main + mtp_weight * mtp + sequence_loss_weight * even
+        main_loss, mtp_loss, balance_loss = (float(value) for value in sums)
+        total = main_loss + mtp_weight * mtp_loss + sequence_loss_weight * balance_loss
         norm, applied = self._update(lr, finite=math.isfinite(total))
         if applied and bias_update_rate > 0:
             update_router_bias(self.model, counts_LE, bias_update_rate, center)
-        return StepMetrics(main, mtp, even, norm, int(totals[0]), counts_LE, not applied)
+        return StepMetrics(main_loss, mtp_loss, balance_loss, norm, int(totals[0]), counts_LE, not applied)
 
     # ------------------------------------------------------------------ halves, for other objectives
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from glmctl.data import parsing
 from glmctl.data.chat import ChatTemplate
 from glmctl.data.parsing import StreamParser, parse
 from glmctl.data.template_source import exported_template
@@ -75,9 +74,7 @@ BOMBS = {
     "a doubled string": "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     "a repeated string": "{{ 'x' * 10 ** 10 }}",
     "a padded string": "{{ '%1000000000d' % 1 }}",
-    "a huge power": "{{ 9 ** 9 ** 9 }}",
     "endless recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "doubling recursion": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(50) }}",
     "nested lists": "{% set n = namespace(x=[]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}"
     "{{ n.x | tojson }}",
     "a long range": "{{ range(10 ** 12) | list }}",
@@ -91,7 +88,7 @@ def test_a_template_without_bounds_is_stopped(tiny_tokenizer: Tokenizer, kind: s
 
 
 def test_after_being_stopped_a_template_renders_again(tiny_tokenizer: Tokenizer) -> None:
-    source = "{% if tools %}{{ 9 ** 9 ** 9 }}{% endif %}ok"
+    source = "{% if tools %}{{ 9 ** (9 ** (8 + tools | length)) }}{% endif %}ok"
     template = ChatTemplate(tiny_tokenizer, source)
     with pytest.raises(DataError, match="ran into a limit"):
         template.render(ASK, [{"name": "f"}])
@@ -113,55 +110,48 @@ def test_a_folder_without_a_template_gets_ours(tiny_tokenizer: Tokenizer, tmp_pa
 
 # ------------------------------------------------------------------ hostile model output
 
-PARTS = [
-    "<", "<think>", "</think>", "<tool_call>", "<tool_call>f\n", "</tool_call>", "<arg_key>", "<arg_key>k</arg_key>",
-    "<arg_value>", "<tool_call>f\n</tool_call>", " ", "\n", "<|user|>", "<arg_key>k</arg_key><arg_value>[</arg_value>",
-    "<tool_call>f\n<arg_key>k</arg_key><arg_value>", "<thin", "\\n", "[", "{\"a\":", "9", "x \n",
-]  # fmt: skip
+TAGS = ["<think>", "</think>", "<tool_call>", "<tool_call>f\n", "</tool_call>", "<arg_key>", "<arg_value>", "<|user|>"]
+CHAINS = ["<tool_call>f\n</tool_call>", "<arg_key>k</arg_key>", "<arg_key>k</arg_key><arg_value>[</arg_value>"]
+SCRAPS = ["<", "<thin", "\\n", "[", '{"a":', "9", " ", "\n", "x \n"]
 
 
-def work(text: str, step: int) -> int:
-    """Lines of Python run inside the parser while it reads `text`, `step` characters at a time."""
-    count = 0
+class Counting(StreamParser):
+    """A parser that counts the characters its searches pass over."""
 
-    def trace(frame: object, event: str, _: object) -> object:
-        nonlocal count
-        if frame.f_code.co_filename != parsing.__file__:  # type: ignore[attr-defined]
-            return None
-        count += event == "line"
-        return trace
+    looked = 0
 
-    stream = StreamParser(True)
-    before = sys.gettrace()
-    sys.settrace(trace)  # type: ignore[arg-type]
-    try:
-        for at in range(0, len(text), step):
-            stream.feed(text[at : at + step])
-        stream.finish()
-    finally:
-        sys.settrace(before)
-    return count
+    def _until(self, tags: Any) -> tuple[str, str | None]:
+        begin, rest = self._at, len(self._buffer) - self._at
+        text, tag = super()._until(tags)
+        self.looked += 1 + (self._at - begin if tag else rest)
+        return text, tag
+
+    def _next_tag(self, tags: Any) -> str | None:
+        begin = self._at
+        tag = super()._next_tag(tags)
+        self.looked += 1 + self._at - begin
+        return tag
 
 
 def hostile(length: int) -> Iterator[str]:
     for start in ("", "<think></think>", "<think></think><tool_call>f\n"):
-        for part in PARTS:
+        for part in TAGS + CHAINS + SCRAPS:
             yield start + part * (length // len(part))
 
 
-@pytest.mark.parametrize("step", [1, 10_000])
-def test_parsing_does_twice_the_work_for_twice_the_text(step: int) -> None:
-    """Counted in lines of code, not seconds. (What one line does is a scan for fixed strings from where it stands.)"""
-    for one, two in zip(hostile(600), hostile(1200), strict=True):
-        assert work(two, step) <= 2.2 * work(one, step) + 200
+@pytest.mark.parametrize("step", [1, 7, 4096])
+def test_parsing_looks_at_each_character_a_bounded_number_of_times(step: int) -> None:
+    """Counted in characters, not seconds: what is looked at again is at most a tag's length for each piece fed."""
+    for text in hostile(512):
+        stream = Counting(True)
+        for at in range(0, len(text), step):
+            stream.feed(text[at : at + step])
+        stream.finish()
+        assert stream.looked <= 3 * len(text) + 16 * (len(text) // step + 1)
 
 
 def test_worst_cases_of_64_kb_parse() -> None:
-    for text in hostile(65_536):
+    texts = [*hostile(2048), *("<think></think>" + part * (65_536 // len(part)) for part in ("<", "[", "</tool_call>"))]
+    for text in texts:
         parsed = parse(text)
         assert len(parsed.content) <= len(text)
-    streamed = StreamParser(False)
-    for piece in "<think>" * 9000:
-        streamed.feed(piece)
-    streamed.finish()
-    assert not streamed.parsed.well_formed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,19 +12,6 @@ from typing import Any
 import pytest
 
 HARNESS = Path(__file__).with_name("training_harness.py")
-
-
-def _names(attribute: str) -> list[str]:
-    spec = importlib.util.spec_from_file_location("training_harness", HARNESS)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return list(getattr(module, attribute))
-
-
-PRETRAIN, SFT = _names("DEATHS"), _names("SFT_DEATHS")
-EXIT_CODES = {"sigterm": 143, "sigint": 130, "sigterm twice": 143, "sft sigterm": 143}
 
 
 @pytest.fixture(scope="module")
@@ -52,27 +38,31 @@ def test_an_undisturbed_run_is_complete(results: dict[str, Any]) -> None:
     assert straight["left"] == []
 
 
-@pytest.mark.parametrize("death", PRETRAIN)
-def test_a_killed_pretraining_continues_bit_for_bit(results: dict[str, Any], death: str) -> None:
-    straight, found = results["straight"], results[death]
-    expected = EXIT_CODES.get(death, -9)
-    assert found["codes"] == [expected] * (len(found["codes"]) - 1) + [0]
-    assert found["rows"] == straight["rows"]
-    assert found["samples"] == straight["samples"]
-    assert found["model"] == straight["model"]
-    assert found["summary"] == straight["summary"]
-    assert found["state"] == "finished"
-    assert found["left"] == [], "temporary files of the killed process"
-    assert found["checkpoints"] == straight["checkpoints"]
+SAME = ("rows", "samples", "model", "summary", "state", "checkpoints", "left")
 
 
-@pytest.mark.parametrize("death", SFT)
-def test_a_killed_sft_continues_bit_for_bit(results: dict[str, Any], death: str) -> None:
-    straight, found = results["straight sft"], results[death]
-    assert found["codes"] == [EXIT_CODES.get(death, -9), 0]
-    for key in ("rows", "samples", "model", "summary", "state", "checkpoints"):
-        assert found[key] == straight[key], key
-    assert straight["summary"]["loss_last"] < straight["summary"]["loss_first"]
+@pytest.mark.parametrize("key", SAME)
+def test_a_pretraining_killed_nine_times_is_the_undisturbed_one_bit_for_bit(results: dict[str, Any], key: str) -> None:
+    assert results["killed"]["codes"] == [-9] * 9 + [0]
+    assert results["killed"][key] == results["straight"][key]
+
+
+@pytest.mark.parametrize("key", SAME)
+def test_a_pretraining_stopped_by_signals_is_the_undisturbed_one_bit_for_bit(results: dict[str, Any], key: str) -> None:
+    assert results["asked to stop"]["codes"] == [143, 130, 143, 0]
+    assert results["asked to stop"][key] == results["straight"][key]
+
+
+@pytest.mark.parametrize("key", SAME)
+def test_an_sft_killed_and_stopped_is_the_undisturbed_one_bit_for_bit(results: dict[str, Any], key: str) -> None:
+    assert results["sft killed and stopped"]["codes"] == [143, -9, 0]
+    assert results["sft killed and stopped"][key] == results["straight sft"][key]
+
+
+def test_sft_learns(results: dict[str, Any]) -> None:
+    summary = results["straight sft"]["summary"]
+    assert summary["loss_last"] < summary["loss_first"]
+    assert summary["conversations"] == 40
 
 
 def test_a_finished_run_is_not_done_again(results: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -26,7 +27,8 @@ from glmctl.errors import EnvironmentProblem, RecipeError
 from glmctl.model.config import ModelConfig
 from glmctl.model.folder import save_model
 from glmctl.model.network import GlmMoe
-from glmctl.recipe.schema import ServeRecipe
+from glmctl.recipe.schema import ServeRecipe, ToolUseTask
+from glmctl.rl.tasks import tool_use
 from glmctl.run.directory import Run
 from glmctl.serving import run as serve_stage
 from glmctl.serving.server import Server
@@ -134,7 +136,7 @@ def server(learnt: GlmMoe, tokenizer: Tokenizer) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
         yield client
 
 
@@ -217,7 +219,7 @@ def test_stream_ends_with_usage_when_asked(client: openai.OpenAI) -> None:
 
 
 def test_raw_stream_is_server_sent_events_ending_in_done(server: Server) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
     body = {"model": "tiny", "messages": [{"role": "user", "content": SUM}], "stream": True, "temperature": 0}
     connection.request("POST", "/v1/chat/completions", json.dumps(body))
     response = connection.getresponse()
@@ -421,7 +423,7 @@ def test_models_are_listed_and_retrieved(client: openai.OpenAI) -> None:
 
 
 def get(server: Server, path: str, method: str = "GET", body: Any = None) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
     connection.request(method, path, None if body is None else json.dumps(body))
     response = connection.getresponse()
     text = response.read().decode()
@@ -509,7 +511,7 @@ def test_with_a_key_every_route_needs_it(learnt: GlmMoe, tokenizer: Tokenizer) -
 
 def test_a_foreign_host_header_is_refused(server: Server) -> None:
     for host, expected in (("evil.example", 421), ("localhost:1", 200), ("127.0.0.1", 200), ("[::1]:80", 200)):
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
         connection.putrequest("GET", "/health", skip_host=True)
         connection.putheader("Host", host)
         connection.endheaders()
@@ -540,7 +542,11 @@ def folder(learnt: GlmMoe, tokenizer: Tokenizer, tmp_path: Path) -> Path:
 
 def test_stage_asks_its_own_server_and_reports(folder: Path, tmp_path: Path) -> None:
     console.configure(quiet=True)
-    recipe = ServeRecipe(name="serve", model=str(folder), port=0, ask=[SUM])
+    problem = tool_use.generate(ToolUseTask(), 1, random.Random(0))[0]
+    (tmp_path / "problems.jsonl").write_text(json.dumps(problem.to_row()) + "\n")
+    recipe = ServeRecipe(
+        name="serve", model=str(folder), port=0, ask=[SUM], ask_problems=[str(tmp_path / "problems.jsonl")]
+    )
     with Run.open(recipe, tmp_path / "run") as run:
         summary = serve_stage.run(recipe, run)
         assert summary["reply"] == "It is 5."
@@ -549,7 +555,9 @@ def test_stage_asks_its_own_server_and_reports(folder: Path, tmp_path: Path) -> 
         assert summary["model"] == "model"
         assert 0 <= summary["mtp_acceptance"] <= 1
         rows = [json.loads(line) for line in run.samples.read_text().splitlines()]
-        assert [(row["streamed"], row["thinking"]) for row in rows] == [(True, True), (False, False)]
+        assert [(row["streamed"], row["thinking"]) for row in rows] == [(True, True), (False, False), (True, True)]
+        assert rows[2]["prompt"] == problem.prompt
+        assert summary["questions"] == 3
     json.dumps(summary)
 
 
@@ -566,7 +574,8 @@ def test_engine_and_server_give_the_same_tokens(client: openai.OpenAI, learnt: G
 _SERVE = """
 import sys
 from glmctl.errors import GlmctlError
-from glmctl.recipe.schema import ServeRecipe
+from glmctl.recipe.schema import ServeRecipe, ToolUseTask
+from glmctl.rl.tasks import tool_use
 from glmctl.run.directory import Run
 from glmctl.serving.run import run
 recipe = ServeRecipe(name="serve", model=sys.argv[1], port=0)
@@ -593,7 +602,7 @@ def test_a_signal_lets_streams_finish_and_then_ends(folder: Path, tmp_path: Path
             assert line, "the server ended before it listened"
             line = process.stderr.readline()
         port = int(line.split("127.0.0.1:")[1].split("/")[0])
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
         body = {"model": "model", "prompt": "xyz", "max_tokens": 200, "stream": True, "temperature": 2, "seed": 1}
         connection.request("POST", "/v1/completions", json.dumps(body))
         response = connection.getresponse()
@@ -603,7 +612,7 @@ def test_a_signal_lets_streams_finish_and_then_ends(folder: Path, tmp_path: Path
         assert start.startswith(b"data: ")
         assert rest.endswith(b"data: [DONE]\n\n")
         connection.close()
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=120)
         assert process.returncode == code
         assert "Traceback" not in errors
     finally:

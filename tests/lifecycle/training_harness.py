@@ -25,7 +25,7 @@ from glmctl.errors import GlmctlError
 from glmctl.recipe.schema import PretrainRecipe, RecipeBase, SftRecipe
 from glmctl.run import atomic
 from glmctl.run.metrics import MetricsLog
-from glmctl.training import checkpoint, session
+from glmctl.training import checkpoint, pretrain, session, sft  # noqa: F401 - drivers, imported before the forks
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "Compute 34+57. It is 91.", "The quick brown fox jumps."] * 4
 MODEL = {
@@ -164,40 +164,45 @@ def twice(number: int) -> Callable[[], None]:
     return act
 
 
-def torn_row() -> None:
+def torn_row(step: int) -> Callable[[], None]:
     """Half a metrics row reaches the file, then the process is gone."""
-    real = MetricsLog.append
 
-    def append(self: MetricsLog, row: Any) -> None:
-        if row.get("step") == 6 and "loss" in row:
-            with self.path.open("a") as stream:
-                stream.write('{"step": 6, "loss": 5.1')
-            die()
-        real(self, row)
+    def arm() -> None:
+        real = MetricsLog.append
 
-    MetricsLog.append = append  # type: ignore[method-assign]
+        def append(self: MetricsLog, row: Any) -> None:
+            if row.get("step") == step and "loss" in row:
+                with self.path.open("a") as stream:
+                    stream.write(json.dumps(row)[:40])
+                die()
+            real(self, row)
+
+        MetricsLog.append = append  # type: ignore[method-assign]
+
+    return arm
 
 
-DEATHS: dict[str, list[Callable[[], None]]] = {
-    "before the first row": [at_row(1, die)],
-    "in the middle": [at_row(7, die)],
-    "at a stage's last step": [at_row(10, die)],
-    "twice": [at_row(5, die), at_row(11, die)],
-    "in a torn row": [torn_row],
-    "inside a save, second file": [on_call(checkpoint, "write_tensors", 5)],
-    "before the rename": [on_call(atomic, "_replace_folder", 2)],
-    "while old ones are removed": [on_call(checkpoint.shutil, "rmtree", 1)],
-    "between the last checkpoint and the export": [on_call(session, "save_model", 1)],
-    "inside the export": [on_call(session.atomic, "_seal", 5)],
-    "sigterm": [at_row(6, ask(signal.SIGTERM))],
-    "sigint": [at_row(6, ask(signal.SIGINT))],
-    "sigterm twice": [on_call(checkpoint, "write_tensors", 1, twice(signal.SIGTERM))],
+LIVES: dict[str, list[Callable[[], None]]] = {
+    "killed": [
+        at_row(1, die),  # before anything is saved
+        torn_row(3),  # in the middle of a row
+        on_call(checkpoint, "write_tensors", 2),  # inside a save
+        on_call(atomic, "_replace_folder", 1),  # before the checkpoint gets its name
+        at_row(7, die),  # between two checkpoints
+        at_row(10, die),  # at a stage's last step
+        on_call(checkpoint.shutil, "rmtree", 1),  # while old checkpoints are removed
+        on_call(session, "save_model", 1),  # between the last checkpoint and the export
+        on_call(atomic, "_seal", 1),  # inside the export
+    ],
+    "asked to stop": [
+        at_row(2, ask(signal.SIGTERM)),
+        at_row(6, ask(signal.SIGINT)),
+        on_call(checkpoint, "write_tensors", 1, twice(signal.SIGTERM)),
+    ],
 }
+"""How each life of a pretraining run ends; after the last it is left in peace."""
 
-SFT_DEATHS: dict[str, list[Callable[[], None]]] = {
-    "sft in the middle": [at_row(5, die)],
-    "sft sigterm": [at_row(2, ask(signal.SIGTERM))],
-}
+SFT_LIVES = {"sft killed and stopped": [at_row(2, ask(signal.SIGTERM)), at_row(5, die)]}
 
 
 def child(recipe: RecipeBase, path: Path, arm: Callable[[], None] | None) -> int:
@@ -211,7 +216,7 @@ def child(recipe: RecipeBase, path: Path, arm: Callable[[], None] | None) -> int
                 arm()
             execute(recipe, path)  # type: ignore[arg-type]
             # importing it costs every command seconds, and eager training has no use for it
-            assert "torch._dynamo" not in sys.modules
+            assert not {"torch._dynamo", "sympy", "torch.distributed.tensor"} & sys.modules.keys()
             code = 0
         except GlmctlError as error:
             (path / "error.txt").write_text(error.message)
@@ -240,24 +245,21 @@ def outcome(path: Path, codes: list[int]) -> dict[str, Any]:
 
 
 def main(root: Path) -> None:
-    """Train straight, then once for every death, and write all outcomes."""
+    """Train straight, then through every chain of lives, and write what came out."""
     setup = os.fork()
     if setup == 0:
         prepare(root)
         os._exit(0)
     assert os.waitpid(setup, 0)[1] == 0
     results: dict[str, Any] = {}
-    for recipe, straight, deaths in (
-        (pretrain_recipe(root), "straight", DEATHS),
-        (sft_recipe(root), "straight sft", SFT_DEATHS),
+    for recipe, straight, chains in (
+        (pretrain_recipe(root), "straight", LIVES),
+        (sft_recipe(root), "straight sft", SFT_LIVES),
     ):
-        path = root / straight
-        results[straight] = outcome(path, [child(recipe, path, None)])
-        for name, arms in deaths.items():
-            path = root / name.replace(" ", "-").replace(",", "")
-            codes = [child(recipe, path, arm) for arm in arms]
-            codes.append(child(recipe, path, None))
-            results[name] = outcome(path, codes)
+        results[straight] = outcome(root / straight, [child(recipe, root / straight, None)])
+        for name, arms in chains.items():
+            codes = [child(recipe, root / name, arm) for arm in [*arms, None]]
+            results[name] = outcome(root / name, codes)
     # once more over a finished run: nothing is done
     path = root / "straight"
     before = (path / "metrics.jsonl").stat().st_mtime_ns

@@ -150,10 +150,13 @@ def test_prompt_ids_equal_transformers(name: str, tiny_tokenizer: Tokenizer, the
 
 
 def test_transformers_reads_the_same_loss_mask_from_the_marks(tiny_tokenizer: Tokenizer, theirs: Any) -> None:
-    """transformers has a `generation` tag too; its mask is ours over all turns less the closing role tokens."""
+    """transformers has a `generation` tag too; its mask is ours over all turns less the closing role tokens.
+
+    (A turn that ends in a character of several tokens is left out: transformers loses that character's last bytes.)
+    """
     ours = ChatTemplate(tiny_tokenizer)
     closers = {tiny_tokenizer.id("<|user|>"), tiny_tokenizer.id("<|observation|>")}
-    for name in ("one call", "whole tool loop", "reasoning of a past turn is dropped", "unicode", "parallel results"):
+    for name in ("one call", "whole tool loop", "reasoning of a past turn is dropped", "parallel results"):
         messages = CONVERSATIONS[name]
         answer = theirs.apply_chat_template(
             messages, chat_template=training_template(), return_dict=True, return_assistant_tokens_mask=True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +68,7 @@ class Pair(NamedTuple):
 
 
 @pytest.fixture(params=list(SHAPES), scope="module")
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     seed = list(SHAPES).index(request.param)
     folder: Path = tmp_path_factory.mktemp("model")
     save_model(randomised(SHAPES[request.param], seed), folder)
@@ -80,7 +79,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     assert not [key for key in report["unexpected_keys"] if not key.startswith(mtp)]
     assert not report["mismatched_keys"]
     tokens_BT = torch.randint(0, ours.config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(seed))
-    yield Pair(ours, theirs.eval(), tokens_BT)
+    return Pair(ours, theirs.eval(), tokens_BT)
 
 
 @torch.no_grad()
@@ -129,7 +128,8 @@ def test_gradients_are_equal(pair: Pair) -> None:
             assert parameter.grad is None, name
             continue
         grad, expected = parameter.grad, their_grads[name]
-        assert grad is not None and expected is not None, name
+        assert grad is not None, name
+        assert expected is not None, name
         # relative to the largest entry: small entries are sums that nearly cancel
         torch.testing.assert_close(grad, expected, atol=1e-4 * float(expected.abs().max()) + 1e-9, rtol=0, msg=name)
         compared += 1

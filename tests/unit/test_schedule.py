@@ -63,13 +63,12 @@ def recipe(stages: list[tuple[int, int]], batch: dict[str, int], **more: object)
     tokens=st.integers(1, 700),
     start=st.integers(1, 700),
     ramp=st.integers(0, 4000),
-    processes=st.integers(1, 3),
 )
 def test_a_plan_ends_stages_exactly_and_reads_each_sequence_once(
-    stages: list[tuple[int, int]], tokens: int, start: int, ramp: int, processes: int
+    stages: list[tuple[int, int]], tokens: int, start: int, ramp: int
 ) -> None:
     r = recipe(stages, {"tokens": tokens, "start_tokens": start, "ramp_tokens": ramp})
-    plan = plan_steps(r, processes)
+    plan = plan_steps(r)
     ends = [sum(n for n, _ in stages[: i + 1]) for i in range(len(stages))]
     assert [s.tokens for s in plan if s.ends_stage] == ends
     assert [s.number for s in plan] == list(range(1, len(plan) + 1))
@@ -77,13 +76,12 @@ def test_a_plan_ends_stages_exactly_and_reads_each_sequence_once(
         assert after.tokens > before.tokens
         same = after.stage == before.stage
         assert after.first_sequence == (before.first_sequence + before.sequences if same else 0)
-    assert all(s.sequences >= processes for s in plan)
+    assert all(s.sequences >= 1 for s in plan)
     assert plan[-1].lr == pytest.approx(r.schedule.final_lr)
     assert plan[0].lr > 0
     assert all(math.isfinite(s.lr) for s in plan)
-    if processes == 1:
-        counts = [sum(s.stage == i for s in plan) for i in range(len(stages))]
-        assert counts == stage_steps(r), "the dry run promises another number of steps"
+    counts = [sum(s.stage == i for s in plan) for i in range(len(stages))]
+    assert counts == stage_steps(r), "the dry run promises another number of steps"
 
 
 def test_switches_happen_with_the_step_that_starts_there() -> None:
@@ -97,8 +95,3 @@ def test_switches_happen_with_the_step_that_starts_there() -> None:
     )
     assert [s.mtp_weight for s in plan] == [0.3] * 5 + [0.1] * 5
     assert [s.bias_update_rate for s in plan] == [0.01] * 3 + [0.0] * 7
-
-
-def test_a_step_has_no_less_than_a_sequence_a_process() -> None:
-    plan = plan_steps(recipe([(70, 10)], {"tokens": 20}), processes=2)
-    assert [s.sequences for s in plan] == [2, 2, 3]

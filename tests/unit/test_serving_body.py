@@ -22,14 +22,14 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.text(), VALUES, max_size=5), st.booleans())
 def test_every_proper_object_is_read_as_it_is(value: dict[str, object], escaped: bool) -> None:
     raw = json.dumps(value, ensure_ascii=escaped).encode("utf-8", "surrogatepass")
     assert parse(raw) == value
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=60) | st.text(alphabet='{}[]":,0123456789eE.-+truefalsn\\u d8', max_size=60).map(str.encode))
 def test_any_bytes_are_an_object_or_an_api_error(raw: bytes) -> None:
     try:

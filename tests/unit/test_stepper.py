@@ -156,3 +156,12 @@ def test_bf16_keeps_fp32_weights_and_comes_near_fp32(tiny_config: ModelConfig) -
     metrics = one.lm_step([batch(4)], lr=0.01, mtp_weight=0.3)
     assert metrics.loss == pytest.approx(exact.loss, rel=2e-2)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_an_idle_rank_counts_for_nothing(tiny_config: ModelConfig) -> None:
+    one = stepper(tiny_config)
+    before = {name: value.clone() for name, value in model_tensors(one.model).items()}
+    metrics = one.lm_step([batch(2)], lr=0.0, mtp_weight=0.3, sequence_loss_weight=0.1, bias_update_rate=0.1, idle=True)
+    assert (metrics.loss, metrics.mtp_loss, metrics.balance_loss, metrics.grad_norm) == (0, 0, 0, 0)
+    assert (metrics.targets, int(metrics.counts_LE.sum())) == (0, 0)
+    assert same(model_tensors(one.model), before)

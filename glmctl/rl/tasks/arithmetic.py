@@ -54,9 +54,16 @@ def work(expression: str) -> tuple[list[str], int]:
     return lines, value
 
 
-def demonstrate(problem: Problem) -> Conversation:
-    """The scripted solution: one step a line as reasoning, then the bare number."""
-    lines, value = work(problem.prompt.removeprefix("Compute ").removesuffix("."))
+def demonstrate(problem: Problem, *, hasty: bool = False) -> Conversation:
+    """The scripted solution: one step a line as reasoning, then the bare number.
+
+    A hasty one is right too, but its reasoning is the whole expression and its value at once. A model can copy the
+    manner and seldom the result, so a cold start that mixes both leaves RL to find out which manner pays.
+    """
+    expression = problem.prompt.removeprefix("Compute ").removesuffix(".")
+    lines, value = work(expression)
+    if hasty:
+        lines = [f"{expression}={value}"]
     answer: Message = {"role": "assistant", "reasoning_content": "\n".join(lines), "content": str(value)}
     return Conversation(messages=[{"role": "user", "content": problem.prompt}, answer], tools=None)
 

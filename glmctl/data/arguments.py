@@ -1,0 +1,89 @@
+"""The values of tool call arguments, which the format writes as bare text.
+
+An argument whose schema type is string stays raw. Any other value that is a JSON object, array, number, boolean or
+null becomes that (where the schema allows strings among other types, only if it is of one of those types); everything
+else, JSON strings in quotes included, stays raw text. So without a schema a string argument `5` comes back as the
+number 5: the format itself does not tell them apart.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+_MAX_DEPTH = 8
+"""unions nested deeper than this count as unknown: schemas come from outside"""
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is out of range")
+    return value
+
+
+def value_of(text: str, types: frozenset[str] | None) -> tuple[Any, str]:
+    """The value that `text` stands for, given the JSON types its schema allows (None: no schema), and its JSON."""
+    raw = (text, json.dumps(text, ensure_ascii=False))
+    if types == frozenset({"string"}):
+        return raw
+    try:
+        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        as_json = json.dumps(value, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return raw
+    if isinstance(value, str) or (types and "string" in types and not types & _json_types(value)):
+        return raw
+    return value, as_json
+
+
+def _json_types(value: Any) -> set[str]:
+    if value is None:
+        return {"null"}
+    if isinstance(value, bool):
+        return {"boolean"}
+    if isinstance(value, int):
+        return {"integer", "number"}
+    if isinstance(value, float):
+        return {"number"}
+    return {"array"} if isinstance(value, list) else {"object"}
+
+
+def argument_types(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, frozenset[str]]]:
+    """Function name -> argument -> the JSON types its schema allows; arguments of unknown type are left out."""
+    table: dict[str, dict[str, frozenset[str]]] = {}
+    for tool in tools:
+        function = tool.get("function", tool)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            continue
+        parameters = function.get("parameters")
+        properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+        if isinstance(properties, Mapping):
+            known = {key: _schema_types(schema) for key, schema in properties.items()}
+            table[function["name"]] = {key: types for key, types in known.items() if types}
+    return table
+
+
+def _schema_types(schema: Any, depth: int = 0) -> frozenset[str]:
+    if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
+        return frozenset()
+    kind = schema.get("type")
+    if isinstance(kind, str):
+        return frozenset((kind,))
+    if isinstance(kind, list):
+        return frozenset(name for name in kind if isinstance(name, str))
+    choices = schema.get("enum")
+    if isinstance(choices, list) and choices:
+        return frozenset("string" if isinstance(c, str) else min(_json_types(c)) for c in choices)
+    found: frozenset[str] = frozenset()
+    for key in ("anyOf", "oneOf"):
+        options = schema.get(key)
+        if isinstance(options, list):
+            found |= frozenset(name for option in options for name in _schema_types(option, depth + 1))
+    return found

@@ -1,0 +1,95 @@
+"""Help costs nothing: no torch, no command module for the list of commands; and it says everything."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from glmctl.cli import TABLE
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "transformers", "accelerate", "lm_eval", "fastapi", "openai", "numpy")
+
+PROBE = """
+import contextlib, io, json, sys
+from glmctl.cli import main
+with contextlib.redirect_stdout(io.StringIO()) as text:
+    code = main(sys.argv[1:])
+print(json.dumps({"code": code, "text": text.getvalue(), "modules": sorted(sys.modules)}))
+"""
+
+
+def probe(*words: str) -> dict:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, *words], env=environment, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        *([name] for name in TABLE),
+        *(["data", name] for name in ("prepare", "tokenizer", "problems")),
+        *(["recipe", name] for name in ("list", "show", "check", "schema")),
+    ],
+    ids=lambda words: " ".join(words) or "glmctl",
+)
+def test_help_of_everything_imports_nothing_heavy(words: list[str]) -> None:
+    seen = probe(*words, "--help")
+    assert seen["code"] == 0
+    assert seen["text"].startswith(f"Usage: {' '.join(['glmctl', *words])}")
+    loaded = [name for name in HEAVY if name in seen["modules"]]
+    assert not loaded, f"--help imported {loaded}"
+    # the recipe models are pydantic classes: building them would double the time
+    assert "glmctl.recipe.schema" not in seen["modules"]
+    if words:
+        assert "--json" in seen["text"]
+
+
+def test_list_of_commands_imports_no_command() -> None:
+    seen = probe("--help")
+    assert not [name for name in seen["modules"] if name.startswith("glmctl.commands.")]
+    for name in TABLE:
+        assert f"\n  {name} " in seen["text"]
+
+
+def test_each_command_in_the_table_has_its_module_and_no_other_exists() -> None:
+    modules = {path.stem for path in (ROOT / "glmctl" / "commands").glob("*.py") if not path.stem.startswith("_")}
+    assert modules == set(TABLE)
+
+
+def test_dry_run_of_the_largest_recipe_needs_no_torch() -> None:
+    seen = probe("pretrain", "glm-4.5", "--dry-run")
+    assert seen["code"] == 0
+    assert "torch" not in seen["modules"]
+    assert "numpy" not in seen["modules"]
+
+
+def test_help_without_arguments_and_short(cli) -> None:
+    bare, short, long = cli(), cli("-h"), cli("--help")
+    assert bare.returncode == short.returncode == long.returncode == 0
+    assert bare.stdout == short.stdout == long.stdout
+    assert cli("sft", "-h").stdout.startswith("Usage: glmctl sft")
+
+
+def test_version(cli) -> None:
+    from glmctl import __version__
+
+    assert cli("--version").stdout == f"glmctl {__version__}\n"
+    assert json.loads(cli("--version", "--json").stdout) == {"version": __version__}
+
+
+def test_completion_offers_commands_and_recipe_names(cli) -> None:
+    commands = cli(_GLMCTL_COMPLETE="complete_bash", COMP_WORDS="glmctl pre", COMP_CWORD="1")
+    assert commands.stdout.split() == ["pretrain"]
+    recipes = cli(_GLMCTL_COMPLETE="complete_bash", COMP_WORDS="glmctl pretrain glm-4.5", COMP_CWORD="2")
+    assert recipes.stdout.split() == ["glm-4.5-air/pretrain", "glm-4.5/pretrain"]
+    assert "_GLMCTL_COMPLETE" in cli("--show-completion", SHELL="/bin/bash").stdout

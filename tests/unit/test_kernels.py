@@ -1,0 +1,95 @@
+"""Every variant of an operation equals its reference in float64, values and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from glmctl.kernels import registry
+from glmctl.kernels.rms_norm import rms_norm
+from glmctl.kernels.rope import rope, rope_angles
+from glmctl.kernels.swiglu import swiglu
+
+
+def draw(*shape: int, seed: int = 0, grad: bool = True, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_(grad)
+
+
+def same_with_gradients(
+    function: Callable[..., Tensor], expected: Callable[..., Tensor], inputs: list[Tensor], tolerance: float = 1e-10
+) -> None:
+    """Values and the gradients of a random projection of the result, in every input that wants one."""
+    ours, theirs = function(*inputs), expected(*inputs)
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+    weights = draw(*theirs.shape, seed=99, grad=False, dtype=theirs.dtype)
+    wanted = [x for x in inputs if x.requires_grad]
+    got = torch.autograd.grad((ours * weights).sum(), wanted)
+    right = torch.autograd.grad((theirs * weights).sum(), wanted)
+    for a, b in zip(got, right, strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+    with torch.no_grad():
+        torch.testing.assert_close(function(*inputs), theirs, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["torch", "function"])
+@pytest.mark.parametrize("shape", [(7, 24), (2, 5, 3, 16)])
+def test_rms_norm(name: str, shape: tuple[int, ...]) -> None:
+    x, weight = draw(*shape), draw(shape[-1], seed=1)
+    found = registry.variants("rms_norm")
+    same_with_gradients(lambda x, w: found[name](x, w, 1e-5), lambda x, w: found["reference"](x, w, 1e-5), [x, weight])
+
+
+def test_rms_norm_is_taken_in_fp32_whatever_the_dtype() -> None:
+    """Squares of 300 overflow fp16; squares of bf16 lose most of their digits."""
+    x = draw(4, 64, grad=False) * 300
+    weight = draw(64, seed=1, grad=False)
+    exact = registry.variants("rms_norm")["reference"](x, weight, 1e-5)
+    for dtype, tolerance in ((torch.float16, 4e-3), (torch.bfloat16, 3e-2)):
+        low = rms_norm(x.to(dtype), weight.to(dtype), 1e-5)
+        assert low.dtype == dtype
+        torch.testing.assert_close(low.double(), exact, atol=tolerance, rtol=tolerance)
+
+
+def test_swiglu() -> None:
+    gate, up = draw(6, 10), draw(6, 10, seed=1)
+    same_with_gradients(registry.variants("swiglu")["function"], registry.variants("swiglu")["reference"], [gate, up])
+    assert torch.equal(swiglu(gate, up), F.silu(gate) * up)
+
+
+@pytest.mark.parametrize(("rotary", "width"), [(16, 16), (8, 16), (4, 24)])
+def test_rope_function_equals_reference(rotary: int, width: int) -> None:
+    x = draw(2, 5, 3, width)
+    cos, sin = rope_angles(torch.arange(5).expand(2, 5), rotary, 1e4)
+    found = registry.variants("rope")
+    same_with_gradients(
+        lambda x: found["function"](x, cos.double(), sin.double()),
+        lambda x: found["reference"](x, cos.double(), sin.double()),
+        [x],
+    )
+
+
+def test_the_registry_prefers_the_last_suiting_variant_and_can_be_forced() -> None:
+    assert registry.op("rms_norm", "cpu", torch.float32) is registry.variants("rms_norm")["function"]
+    assert registry.op("rms_norm", "cuda", torch.bfloat16) is registry.variants("rms_norm")["torch"]
+    assert registry.op("rms_norm", "meta", torch.float32) is registry.variants("rms_norm")["reference"]
+    with registry.forced("rms_norm", "reference"):
+        assert registry.op("rms_norm", "cpu", torch.float32) is registry.variants("rms_norm")["reference"]
+    assert registry.op("rms_norm", "cpu", torch.float32) is registry.variants("rms_norm")["function"]
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "rope", "swiglu", "attention", "experts", "linear_cross_entropy"])
+def test_every_operation_has_a_reference_first(name: str) -> None:
+    found = list(registry.variants(name))
+    assert found[0] == "reference"
+    assert len(found) > 1
+
+
+def test_rope_entry_point_keeps_the_dtype() -> None:
+    cos, sin = rope_angles(torch.arange(4)[None], 8, 1e4)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert rope(draw(1, 4, 2, 16, grad=False).to(dtype), cos, sin).dtype == dtype
