@@ -120,12 +120,12 @@ def in_buckets(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, segments: Segment
     """
     B, T, H, d = q_BTHd.shape
     padded = [_regroup(x.reshape(B * T, -1), segments) for x in (q_BTHd, k_BTKd, v_BTKd)]
-    parts, offset = [], 0
-    for count, length in segments.buckets:
-        rows = slice(offset, offset + count * length)
-        q, k, v = (x[rows].view(count, length, -1, d) for x in padded)
-        parts.append(causal_attention(q, k, v).reshape(count * length, H * d))
-        offset += count * length
+    # split, not slices: the backward of n slices is n full-size zero tensors
+    sizes = [bucket.documents * bucket.length for bucket in segments.buckets]
+    parts = [
+        causal_attention(*(x.view(*bucket, -1, d) for x in qkv)).reshape(-1, H * d)
+        for bucket, *qkv in zip(segments.buckets, *(x.split(sizes) for x in padded), strict=True)
+    ]
     out: Tensor = _Ungroup.apply(torch.cat(parts) if parts else padded[0], segments.source_P, segments.place_N)  # type: ignore[no-untyped-call]
     return out.view(B, T, H, d)
 

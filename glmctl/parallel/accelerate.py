@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
-from glmctl.errors import EnvironmentProblem
+from glmctl.errors import EnvironmentProblem, unknown
 
 
 def make_accelerator(
@@ -20,7 +20,11 @@ def make_accelerator(
     """An Accelerator for this process and its ranks (RANK, WORLD_SIZE... as torchrun sets them).
 
     fp32 master weights in both precisions; bf16 is autocast. `trackers` are Accelerate's (tensorboard, wandb,
-    trackio...) and log below `run_path`. Raises EnvironmentProblem when a tracker is not installed.
+    trackio...) and log below `run_path`.
+
+    Raises:
+        RecipeError: Accelerate knows no tracker of that name.
+        EnvironmentProblem: a tracker is not installed.
     """
     # stages of one pipeline share a process; each may want another precision
     AcceleratorState._reset_state(reset_partial_state=False)
@@ -56,7 +60,6 @@ def _check_trackers(trackers: Sequence[str]) -> None:
     available = {str(name.value if hasattr(name, "value") else name) for name in get_available_trackers()}
     for name in trackers:
         if name not in LOGGER_TYPE_TO_CLASS:
-            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
-            raise EnvironmentProblem(f"trackers: '{name}' is not one of Accelerate's ({known})")
+            raise unknown("tracker", name, LOGGER_TYPE_TO_CLASS, where="trackers")
         if name not in available:
             raise EnvironmentProblem(f"trackers: '{name}' is not installed", hint=f"pip install {name}")

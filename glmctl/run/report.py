@@ -157,5 +157,5 @@ def footer(root: Path) -> str:
     """How the page was made."""
     return (
         f"<footer>Written by glmctl {escape(__version__)} from <code>{escape(root.name)}/</code>: metrics.jsonl, "
-        "samples.jsonl and status.json of each stage. <code>glmctl report</code> writes it again.</footer>"
+        "samples.jsonl and status.json of each stage.</footer>"
     )

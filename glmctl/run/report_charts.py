@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -113,7 +113,7 @@ def pretrain_section(stage: StageView) -> str:
                 [Series("norm", norm, smooth=_window(norm), color=6)], title="Gradient norm", x_label=x, log_y=True
             )
         )
-    maps = load_maps(rows)
+    maps = load_maps(rows, stage.recipe.get("model") or {})
     if maps:
         charts.append(f'<div class="card wide"><div class="grid">{"".join(maps)}</div></div>')
     text = (
@@ -149,7 +149,7 @@ def _validation(rows: Rows, x: str) -> list[tuple[str, list[Point]]]:
     ]
 
 
-def load_maps(rows: Rows) -> list[str]:
+def load_maps(rows: Rows, model: Mapping[str, Any]) -> list[str]:
     """Expert load as a multiple of the even share: the first row that has it, and the mean of the last ones."""
     loads = [row["expert_load"] for row in rows if _is_matrix(row.get("expert_load"))]
     if not loads:
@@ -158,7 +158,11 @@ def load_maps(rows: Rows) -> list[str]:
     alike = [load for load in loads if _shape(load) == shape]
     last = alike[-min(10, max(len(alike) // 4, 1)) :]
     mean = [[sum(load[row][col] for load in last) / len(last) for col in range(shape[1])] for row in range(shape[0])]
-    names = [f"MoE {index}" for index in range(1, shape[0] + 1)]
+    first = int(model.get("first_k_dense_replace", 0))
+    names = [f"layer {first + index}" for index in range(shape[0])]
+    if first + shape[0] > int(model.get("num_hidden_layers", shape[0] + first)):
+        # the MTP layer's router comes after the decoder's
+        names[-1] = "MTP"
     pictures = [("Expert load at the end", mean)]
     if len(alike) > 1:
         pictures.insert(0, ("Expert load in the first steps", alike[0]))

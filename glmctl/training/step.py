@@ -62,10 +62,7 @@ class Stepper:
         """non-finite steps so far; part of a checkpoint's state"""
         self.skipped_in_row = 0
         self._world = accelerator.num_processes
-        self._losses: nn.Module = LossModule(model, always_mtp=self._world > 1)
-        if self._world > 1 or accelerator.mixed_precision != "no":
-            # otherwise there is nothing to wrap, and asking costs the import of torch.distributed.tensor
-            self._losses = accelerator.prepare(self._losses)
+        self._losses: nn.Module | None = None
         self._reduced = True
 
     # ------------------------------------------------------------------ language modelling
@@ -91,7 +88,7 @@ class Stepper:
         counts for nothing.
         """
         assert batches, "a step needs a batch on every rank"
-        device = self.accelerator.device
+        device, losses = self.accelerator.device, self._loss_module()
         sizes = [[b.target_count, b.mtp_target_count, _sequences(b)] for b in batches]
         mine = 0 if idle else 1
         totals = sum_over_ranks(torch.tensor(sizes).sum(0) * mine, self.accelerator).tolist()
@@ -100,8 +97,8 @@ class Stepper:
         counts_LE: Tensor | None = None
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self._losses):
-                found: Losses = self._losses(batch.to(device), mtp_weight > 0, sequence_loss_weight > 0)
+            with nullcontext() if last else self.accelerator.no_sync(losses):
+                found: Losses = losses(batch.to(device), mtp_weight > 0, sequence_loss_weight > 0)
                 main, mtp = found.main / targets, found.mtp / mtp_targets
                 balance = found.balance * (sizes[index][2] / sequences)
                 loss = main + mtp_weight * mtp + sequence_loss_weight * balance
@@ -143,6 +140,18 @@ class Stepper:
     def load_state(self, state: dict[str, int]) -> None:
         """Take up `state()` of an earlier process."""
         self.skipped, self.skipped_in_row = int(state["skipped"]), int(state["skipped_in_row"])
+
+    def _loss_module(self) -> nn.Module:
+        """The module whose forward gives the losses, wrapped for DDP and autocast at its first use.
+
+        Not before: DDP's hooks would also fire in the backward of losses that did not pass through it.
+        """
+        if self._losses is None:
+            self._losses = LossModule(self.model, always_mtp=self._world > 1)
+            # else there is nothing to wrap, and asking costs the import of torch.distributed.tensor
+            if self._world > 1 or self.accelerator.mixed_precision != "no":
+                self._losses = self.accelerator.prepare(self._losses)
+        return self._losses
 
     @torch.no_grad()
     def _update(self, lr: float, *, finite: bool) -> tuple[float, bool]:

@@ -13,7 +13,7 @@ from glmctl.errors import DataError
 from glmctl.run.metrics import MetricsLog
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(values=st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=5))
 def test_floats_come_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, values: list[float]) -> None:
     log = MetricsLog(tmp_path_factory.mktemp("log") / "m.jsonl")

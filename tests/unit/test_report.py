@@ -287,6 +287,8 @@ def test_the_page_is_well_formed_self_contained_and_shows_every_section(tmp_path
         "Expert load at the end",
         "MTP drafts accepted",
         "active for a token",
+        ">layer 1<",
+        ">MTP<",
     ):
         assert piece in text
     rows = re.findall(r'<td class="name">.*?</span>([\w-]+)</td>', text)

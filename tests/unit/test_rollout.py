@@ -126,7 +126,7 @@ def says(template: ChatTemplate, text: str) -> ScriptedEngine:
     return ScriptedEngine(lambda request: template.tokenizer.encode(text))
 
 
-CALL = "<tool_call>home\n<arg_key>name</arg_key>\n<arg_value>Ann</arg_value>\n</tool_call>"
+CALL = "<tool_call>shop\n<arg_key>owner</arg_key>\n<arg_value>23</arg_value>\n</tool_call>"
 
 
 @pytest.mark.parametrize(
@@ -139,8 +139,8 @@ CALL = "<tool_call>home\n<arg_key>name</arg_key>\n<arg_value>Ann</arg_value>\n</
         ("\n<think>x</think>\n5<|observation|>", StopReason.MALFORMED, False),
         (f"\n<think>x</think>\n{CALL}<|user|>", StopReason.MALFORMED, False),
         (f"\n<think>x</think>\n{CALL}<|endoftext|>", StopReason.MALFORMED, False),
-        ("\n<think>x</think>\n<tool_call>home\n<arg_key>name<|observation|>", StopReason.MALFORMED, False),
-        (f"\n<think>x</think>\n{CALL.replace('home', 'hut')}<|observation|>", StopReason.MALFORMED, True),
+        ("\n<think>x</think>\n<tool_call>shop\n<arg_key>owner<|observation|>", StopReason.MALFORMED, False),
+        (f"\n<think>x</think>\n{CALL.replace('shop', 'hut')}<|observation|>", StopReason.MALFORMED, True),
         (f"\n<think>x</think>\n{CALL}<|observation|>", StopReason.TURNS_EXHAUSTED, True),
         ("\n<think>x</think>\n5", StopReason.TRUNCATED, False),
         ("<|user|>", StopReason.MALFORMED, False),

@@ -6,7 +6,7 @@ import math
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glmctl.recipe.derive import stage_steps
@@ -27,6 +27,7 @@ def test_rate_at_the_boundaries() -> None:
     assert lr_at(0.0, Schedule(peak_lr=1.0, final_lr=0.1, warmup_fraction=0.0)) == 1.0
 
 
+@settings(deadline=None)
 @given(a=st.floats(0.0, 1.0), b=st.floats(0.0, 1.0))
 def test_rate_rises_in_the_warm_up_and_never_after(a: float, b: float) -> None:
     low, high = sorted((a, b))
@@ -58,6 +59,7 @@ def recipe(stages: list[tuple[int, int]], batch: dict[str, int], **more: object)
     )
 
 
+@settings(deadline=None)
 @given(
     stages=st.lists(st.tuples(st.integers(1, 5000), st.integers(2, 64)), min_size=1, max_size=3),
     tokens=st.integers(1, 700),

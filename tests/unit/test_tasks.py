@@ -93,7 +93,7 @@ def test_arithmetic_answers_are_verified_exactly(content: str, reward: float) ->
 
 
 def test_a_tool_call_where_no_tools_are_offered_is_malformed() -> None:
-    transition = environment(make("arithmetic", 1)[0]).step(call("stock", item="pen", city="Rome"))
+    transition = environment(make("arithmetic", 1)[0]).step(call("stock", item="47", shop="3"))
     assert (transition.reward, transition.stop) == (0.0, StopReason.MALFORMED)
 
 
@@ -117,25 +117,25 @@ def test_a_right_answer_without_the_lookups_earns_nothing() -> None:
 
 def test_other_lookups_do_not_stand_in_for_the_needed_ones() -> None:
     problem = next(p for p in make("tool_use", 50) if p.state["kind"] == "stock")
-    other = next(city for city in tool_use.CITIES if city != problem.state["city"])
+    other = next(shop for shop in tool_use.SHOPS if shop != problem.state["shop"])
     episode = environment(problem)
     episode.reset()
-    assert not episode.step(call("stock", item=problem.state["item"], city=other)).done
+    assert not episode.step(call("stock", item=problem.state["item"], shop=other)).done
     assert episode.step(answer(str(problem.answer))).reward == 0.0
 
 
 @pytest.mark.parametrize(
     "turn",
     [
-        call("stok", item="pen", city="Rome"),
-        call("stock", item="pen"),
-        call("stock", item="pen", city="Rome", when="now"),
-        call("stock", item="pen", city=3),
-        call("price", item="pen", count="3"),
-        call("price", item="pen", count=True),
-        call("price", item="pen", count=3.0),
-        call("home"),
-        {**call("home"), "tool_calls": [{"function": {"name": "home", "arguments": ["Ann"]}}]},
+        call("stok", item="47", shop="3"),
+        call("stock", item="47"),
+        call("stock", item="47", shop="3", when="now"),
+        call("stock", item="47", shop=3),
+        call("price", item="47", count="3"),
+        call("price", item="47", count=True),
+        call("price", item="47", count=3.0),
+        call("shop"),
+        {**call("shop"), "tool_calls": [{"function": {"name": "shop", "arguments": ["Ann"]}}]},
     ],
 )
 def test_a_call_that_breaks_the_protocol_halts_with_reward_zero(turn: dict) -> None:
@@ -148,13 +148,13 @@ def test_a_call_that_breaks_the_protocol_halts_with_reward_zero(turn: dict) -> N
 
 def test_parallel_calls_are_answered_in_order_and_one_bad_call_halts_them_all() -> None:
     problem = make("tool_use", 1)[0]
-    both = call("home", name="Ann")
-    both["tool_calls"] += call("price", item="pen", count=2)["tool_calls"]
+    both = call("shop", owner="23")
+    both["tool_calls"] += call("price", item="47", count=2)["tool_calls"]
     episode = environment(problem)
     episode.reset()
     transition = episode.step(both)
     assert [m["role"] for m in transition.messages] == ["tool", "tool"]
-    assert transition.messages[0]["content"] in tool_use.CITIES
+    assert transition.messages[0]["content"] in tool_use.SHOPS
     both["tool_calls"] += call("nothing")["tool_calls"]
     assert episode.step(both).stop is StopReason.MALFORMED
 
@@ -163,9 +163,9 @@ def test_unknown_values_are_an_observation_not_an_end() -> None:
     episode = environment(make("tool_use", 1)[0])
     episode.reset()
     for turn in (
-        call("stock", item="unicorn", city="Rome"),
-        call("price", item="pen", count=10**30),
-        call("home", name="?"),
+        call("stock", item="unicorn", shop="3"),
+        call("price", item="47", count=10**30),
+        call("shop", owner="?"),
     ):
         transition = episode.step(turn)
         assert not transition.done
@@ -222,7 +222,7 @@ def test_a_damaged_problem_file_is_named_with_its_line(tmp_path, line: str, what
 
 def test_a_tool_use_problem_without_its_state_is_bad_data() -> None:
     with pytest.raises(DataError, match="state"):
-        environment(Problem("x", "tool_use", "Stock of pen in Rome?", 1, {"kind": "stock", "seed": 1}))
+        environment(Problem("x", "tool_use", "Stock of 47 in shop 3?", 1, {"kind": "stock", "seed": 1}))
 
 
 @pytest.mark.parametrize("task", SPECS)

@@ -1,7 +1,7 @@
-"""Questions about a small shop whose books only the tools can read.
+"""Questions about a few shops whose books only the tools can read.
 
-Three kinds: `stock` (one call), `price` (one call, with an integer argument) and `local` (two calls: where somebody
-lives, then the stock there). What the tools return is a hash of the problem's own seed and the arguments, so no
+Three kinds: `stock` (one call), `price` (one call, with an integer argument) and `local` (two calls: which shop an
+owner has, then the stock there). What the tools return is a hash of the problem's own seed and the arguments, so no
 answer can be known, or learnt by heart, without calling. The reward is end to end (spec section 3.5): every call obeys
 the protocol, the calls that the question needs were made, and the final content is the number.
 """
@@ -19,21 +19,11 @@ from glmctl.rl.seeds import derive_seed
 from glmctl.rl.tasks.arithmetic import parse_integer
 from glmctl.rl.tasks.function_calls import call_problem, end_to_end_reward, same_call
 
-_ITEMS = """
-pen cup map key book lamp hat bag box card rope bell coat desk door drum fish flag fork glass hammer ink kite leaf mask
-nail oil pipe ring rock salt seed shoe soap spoon stamp table tape tent tin tool toy vase watch wheel wire wood wool
-"""
-_CITIES = """
-Rome Oslo Paris Cairo Lima Bonn Bern Kyoto Delhi Quito Milan Seoul Tokyo Perth Boston Dallas Dublin Geneva Havana Lagos
-London Madrid Moscow Naples Prague Sydney Tunis Turin Vienna Warsaw York Zurich
-"""
-_NAMES = """
-Ann Bob Carl Dora Emil Fred Gina Hans Ida Jack Karl Lena Max Nora Otto Paul Rita Sam Tom Uma Vera Walt Yara Zoe
-"""
-ITEMS = tuple(_ITEMS.split())
-CITIES = tuple(_CITIES.split())
-NAMES = tuple(_NAMES.split())
-KINDS = {"stock": ("item", "city"), "price": ("item", "count"), "local": ("item", "name")}
+# codes, not words: digits are single tokens that a model of any size can copy, which is what tool arguments are about
+ITEMS = tuple(str(code) for code in range(10, 100))
+SHOPS = tuple("0123456789")
+OWNERS = tuple(str(code) for code in range(10, 100))
+KINDS = {"stock": ("item", "shop"), "price": ("item", "count"), "local": ("item", "owner")}
 """the kinds of question, and what the state of a problem holds for each"""
 MOST_PIECES = 1_000_000
 """more than any question asks for; keeps a runaway argument from becoming a number nobody can print"""
@@ -50,9 +40,9 @@ def _tool(name: str, /, **parameters: str) -> Tool:
 
 # short on purpose: their JSON stands in every prompt
 TOOLS = [
-    _tool("stock", item="string", city="string"),
+    _tool("stock", item="string", shop="string"),
     _tool("price", item="string", count="integer"),
-    _tool("home", name="string"),
+    _tool("shop", owner="string"),
 ]
 
 
@@ -62,11 +52,11 @@ class Shop:
     def __init__(self, seed: int, max_value: int) -> None:
         self.seed, self.max_value = seed, max_value
 
-    def stock(self, item: str, city: str) -> str:
-        """Pieces of `item` in `city`, 0..max_value."""
-        if item not in ITEMS or city not in CITIES:
-            return "error: no such item or city"
-        return str(derive_seed(self.seed, "stock", item, city) % (self.max_value + 1))
+    def stock(self, item: str, shop: str) -> str:
+        """Pieces of `item` in `shop`, 0..max_value."""
+        if item not in ITEMS or shop not in SHOPS:
+            return "error: no such item or shop"
+        return str(derive_seed(self.seed, "stock", item, shop) % (self.max_value + 1))
 
     def price(self, item: str, count: int) -> str:
         """What `count` pieces cost: count times a unit price in 1..max_value."""
@@ -74,15 +64,15 @@ class Shop:
             return "error: no such item or count"
         return str(count * (1 + derive_seed(self.seed, "price", item) % self.max_value))
 
-    def home(self, name: str) -> str:
-        """The city where `name` lives."""
-        if name not in NAMES:
-            return "error: no such name"
-        return CITIES[derive_seed(self.seed, "home", name) % len(CITIES)]
+    def shop(self, owner: str) -> str:
+        """The shop that `owner` has."""
+        if owner not in OWNERS:
+            return "error: no such owner"
+        return SHOPS[derive_seed(self.seed, "shop", owner) % len(SHOPS)]
 
     def run(self, call: dict[str, Any]) -> str:
         """The result of a call that `call_problem` has found in order."""
-        tool = {"stock": self.stock, "price": self.price, "home": self.home}[call["name"]]
+        tool = {"stock": self.stock, "price": self.price, "shop": self.shop}[call["name"]]
         return str(tool(**call["arguments"]))  # type: ignore[operator]
 
 
@@ -91,7 +81,7 @@ def generate(spec: ToolUseTask, count: int, rng: random.Random) -> list[Problem]
 
     Raises RecipeError when more are asked for than the shop can tell apart.
     """
-    most = len(ITEMS) * (len(CITIES) + len(NAMES) + max(spec.max_value - 1, 0))
+    most = len(ITEMS) * (len(SHOPS) + len(OWNERS) + max(spec.max_value - 1, 0))
     if count > most // 2:
         raise RecipeError(f"task: at most {most // 2} tool_use problems with max_value {spec.max_value}, not {count}")
     prompts: dict[str, Problem] = {}
@@ -157,11 +147,10 @@ def expected_calls(problem: Problem) -> list[dict[str, Any]]:
     if state["kind"] == "price":
         return [{"name": "price", "arguments": {"item": state["item"], "count": state["count"]}}]
     if state["kind"] == "stock":
-        return [{"name": "stock", "arguments": {"item": state["item"], "city": state["city"]}}]
-    city = shop.home(state["name"])
+        return [{"name": "stock", "arguments": {"item": state["item"], "shop": state["shop"]}}]
     return [
-        {"name": "home", "arguments": {"name": state["name"]}},
-        {"name": "stock", "arguments": {"item": state["item"], "city": city}},
+        {"name": "shop", "arguments": {"owner": state["owner"]}},
+        {"name": "stock", "arguments": {"item": state["item"], "shop": shop.shop(state["owner"])}},
     ]
 
 
@@ -173,18 +162,17 @@ def _shop(problem: Problem) -> Shop:
 
 
 def _draw(spec: ToolUseTask, rng: random.Random) -> Problem:
-    # quoted, because a word behind a quote has the same tokens as inside <arg_value>: it can be copied as it stands
     kind, item = rng.choice(list(KINDS)), rng.choice(ITEMS)
     state: dict[str, Any] = {"kind": kind, "item": item, "seed": rng.getrandbits(32), "max_value": spec.max_value}
     if kind == "price":
         state["count"] = rng.randint(2, max(2, spec.max_value))
-        prompt = f'Price of {state["count"]} "{item}"?'
+        prompt = f"Price of {state['count']} pieces of {item}?"
     elif kind == "stock":
-        state["city"] = rng.choice(CITIES)
-        prompt = f'Stock of "{item}" in "{state["city"]}"?'
+        state["shop"] = rng.choice(SHOPS)
+        prompt = f"Stock of {item} in shop {state['shop']}?"
     else:
-        state["name"] = rng.choice(NAMES)
-        prompt = f'Stock of "{item}" near "{state["name"]}"?'
+        state["owner"] = rng.choice(OWNERS)
+        prompt = f"Stock of {item} with owner {state['owner']}?"
     unsolved = Problem(f"tool_use/{prompt}", "tool_use", prompt, 0, state)
     answer = int(_shop(unsolved).run(expected_calls(unsolved)[-1]))
     return Problem(unsolved.id, unsolved.task, prompt, answer, state)
