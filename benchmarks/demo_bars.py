@@ -1,6 +1,6 @@
 """Hold a finished `glmctl run demo` against the bars it promises; prints a table, exits 1 when one is missed.
 
-    python benchmarks/demo_bars.py runs/demo
+python benchmarks/demo_bars.py runs/demo
 """
 
 from __future__ import annotations

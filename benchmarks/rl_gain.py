@@ -36,9 +36,15 @@ def main() -> None:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         result = json.loads(done.stdout.strip().splitlines()[-1])
         rows.append({"seed": seed, **{k: result[k] for k in ("heldout_start", "heldout_end", "heldout_gain_points")}})
-        print("seed {seed}: {heldout_start:.3f} -> {heldout_end:.3f}  {heldout_gain_points:+.1f} points".format(**rows[-1]))
+        print(
+            "seed {seed}: {heldout_start:.3f} -> {heldout_end:.3f}  {heldout_gain_points:+.1f} points".format(
+                **rows[-1]
+            )
+        )
     gains = [row["heldout_gain_points"] for row in rows]
-    print(f"median gain {statistics.median(gains):+.1f} points over {len(gains)} seeds, from {min(gains):+.1f} to {max(gains):+.1f}")
+    print(
+        f"median gain {statistics.median(gains):+.1f} points over {len(gains)} seeds, from {min(gains):+.1f} to {max(gains):+.1f}"
+    )
     print(json.dumps({"machine": platform.processor() or platform.machine(), "rows": rows}))
 
 

@@ -42,7 +42,15 @@ TORN_PIPE = 128 + signal.SIGPIPE
 
 
 class CommandGroup(TyperGroup):
-    """A group that names the nearest command when one is unknown."""
+    """A group that names the nearest command when one is unknown, and does not load pydantic to parse its flags."""
+
+    def get_params(self, ctx: Any) -> Any:
+        parameters = super().get_params(ctx)
+        for parameter in parameters:
+            # Typer skips its (pydantic) coercion for a flag that has a bool, not for one that was left at None
+            if getattr(parameter, "is_flag", False) and parameter.default is None:
+                parameter.default = False
+        return parameters
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         word, names = args[0], self.list_commands(ctx)
@@ -115,9 +123,9 @@ def _options(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code (see glmctl.errors)."""
     words = _configure(list(sys.argv[1:] if argv is None else argv))
-    # a stream that the caller closed (`>&-`) is None
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
-    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
+    # a stream that the caller closed (`>&-`) is None; these stay open to the end of the process
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         code = _invoke(words)
         sys.stdout.flush()

@@ -124,7 +124,7 @@ def in_buckets(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, segments: Segment
     sizes = [bucket.documents * bucket.length for bucket in segments.buckets]
     parts = [
         causal_attention(*(x.view(*bucket, -1, d) for x in qkv)).reshape(-1, H * d)
-        for bucket, *qkv in zip(segments.buckets, *(x.split(sizes) for x in padded), strict=True)
+        for bucket, *qkv in zip(segments.buckets, *(torch.split(x, sizes) for x in padded), strict=True)
     ]
     out: Tensor = _Ungroup.apply(torch.cat(parts) if parts else padded[0], segments.source_P, segments.place_N)  # type: ignore[no-untyped-call]
     return out.view(B, T, H, d)

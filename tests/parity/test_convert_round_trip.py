@@ -1,4 +1,4 @@
-"""Conversion keeps every tensor, bit for bit, the MTP layer included, and what it exports is transformers' own format."""
+"""Conversion keeps every tensor bit for bit, the MTP layer included, and exports transformers' own format."""
 
 from __future__ import annotations
 

@@ -96,9 +96,7 @@ def test_cached_mtp_equals_uncached(model: GlmMoe) -> None:
     for i in range(12, 19):
         position = torch.full((3, 1), i)
         one = slice(i, i + 1)
-        step = model.mtp(
-            hidden_BTD[:, one], tokens_BT[:, i + 1 : i + 2], positions_BT=position, cache=cache, rows=rows
-        )
+        step = model.mtp(hidden_BTD[:, one], tokens_BT[:, i + 1 : i + 2], positions_BT=position, cache=cache, rows=rows)
         torch.testing.assert_close(step, whole[:, one], atol=1e-5, rtol=0)
 
 

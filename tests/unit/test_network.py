@@ -54,9 +54,7 @@ def test_packed_documents_equal_separate_ones(model: GlmMoe, with_mtp: bool) -> 
     together = model(tokens_BT, positions_BT=positions_BT, documents_BT=documents_BT)
     if with_mtp:
         assert model.mtp is not None
-        together = model.mtp(
-            together, tokens_BT.roll(-1, 1), positions_BT=positions_BT, documents_BT=documents_BT
-        )
+        together = model.mtp(together, tokens_BT.roll(-1, 1), positions_BT=positions_BT, documents_BT=documents_BT)
     for row, row_lengths in enumerate(LENGTHS):
         start = 0
         for length in row_lengths:
@@ -270,7 +268,11 @@ def test_released_sizes_on_the_meta_device(preset: str, main: float, mtp: float,
         part = "mtp" if name.startswith("mtp.") else "vocabulary" if name.startswith(("embed", "lm_head")) else "main"
         by_part[part] += parameter.numel()
     assert by_part == {"main": counts.main, "mtp": counts.mtp, "vocabulary": counts.vocabulary}
-    assert [round(counts.main / 1e9, 1), round(counts.mtp / 1e9, 2), round(counts.active / 1e9, 1)] == [main, mtp, active]
+    assert [round(counts.main / 1e9, 1), round(counts.mtp / 1e9, 2), round(counts.active / 1e9, 1)] == [
+        main,
+        mtp,
+        active,
+    ]
 
 
 @pytest.mark.parametrize("preset", ["nano", "tiny", "small"])

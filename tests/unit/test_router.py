@@ -41,9 +41,7 @@ def test_choice_and_weights_follow_the_rules(
 ) -> None:
     s, bias = scores(300, n_experts), torch.randn(n_experts, generator=torch.Generator().manual_seed(1)) * 0.3
     with registry.forced("router_topk", variant):
-        index, weight = router_topk(
-            s, bias, top_k=k, groups=groups, groups_kept=kept, normalize=normalise, scale=2.5
-        )
+        index, weight = router_topk(s, bias, top_k=k, groups=groups, groups_kept=kept, normalize=normalise, scale=2.5)
     for row in range(300):
         expected = plain_route(
             s[row].tolist(), bias.tolist(), k=k, groups=groups, kept=kept, normalise=normalise, scale=2.5
