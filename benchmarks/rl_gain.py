@@ -43,7 +43,8 @@ def main() -> None:
         )
     gains = [row["heldout_gain_points"] for row in rows]
     print(
-        f"median gain {statistics.median(gains):+.1f} points over {len(gains)} seeds, from {min(gains):+.1f} to {max(gains):+.1f}"
+        f"median gain {statistics.median(gains):+.1f} points over {len(gains)} seeds, "
+        f"from {min(gains):+.1f} to {max(gains):+.1f}"
     )
     print(json.dumps({"machine": platform.processor() or platform.machine(), "rows": rows}))
 
