@@ -27,7 +27,7 @@ demo: $(VENV)/.run
 	$(BIN)/glmctl run demo
 
 test: $(VENV)/.dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 # Everything else that .ci/run asks for.
 check: $(VENV)/.dev

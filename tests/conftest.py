@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# one thread a worker: `make test` runs one worker a core, and two busy OpenMP processes on two cores collapse
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
