@@ -79,13 +79,9 @@ def find_segments(documents_BT: Tensor) -> Segments:
 
 
 def _round_up(length: int) -> int:
-    """The next size in 16, 24, 32, 48, 64, 96, ...: at most a third of a bucket is padding."""
-    size = 16
-    while size < length:
-        if size * 3 // 2 >= length:
-            return size * 3 // 2
-        size *= 2
-    return size
+    """To a multiple of an eighth of the next power of two, at least 8: a ninth of a bucket is padding on average."""
+    step = max(8, 1 << max(0, (length - 1).bit_length() - 3))
+    return -(-length // step) * step
 
 
 def document_attention(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, segments: Segments) -> Tensor:
@@ -170,20 +166,20 @@ class _Ungroup(torch.autograd.Function):
         return grad_NW.index_select(0, source_P).mul_(real[:-1, None]), None, None
 
 
-def cached_attention(q_BTHd: Tensor, k_BKJd: Tensor, v_BKJd: Tensor, hidden_BTJ: Tensor | None) -> Tensor:
+def cached_attention(q_BTHd: Tensor, k_BKJd: Tensor, v_BKJd: Tensor, visible_BTJ: Tensor | None) -> Tensor:
     """Queries over cached keys. Returns [B, T, H, d].
 
-    k, v [B, K, J, d] are the first J places of the cache; hidden_BTJ (bool) is True where a place must not be
-    seen (None = all are seen). The query group of each key-value head becomes part of the query length, so keys and
-    values are read once and never repeated.
+    k, v [B, K, J, d] are the first J places of the cache; visible_BTJ (bool) tells which of them a query sees, None =
+    all. The query heads of one key-value head become part of the query length, so keys and values are read once and
+    never repeated.
     """
     B, T, H, d = q_BTHd.shape
     K = k_BKJd.shape[1]
     group = H // K
     q_BKQd = q_BTHd.view(B, T, K, group, d).permute(0, 2, 3, 1, 4).reshape(B, K, group * T, d)
-    scores = torch.matmul(q_BKQd * d**-0.5, k_BKJd.mT)
-    if hidden_BTJ is not None:
-        scores.view(B, K, group, T, -1).masked_fill_(hidden_BTJ[:, None, None], float("-inf"))
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q_BTHd.dtype)
-    out = torch.matmul(weights, v_BKJd)
+    mask = None
+    if visible_BTJ is not None:
+        # a group's queries stand one group after another: [group, T]
+        mask = visible_BTJ[:, None] if T == 1 else visible_BTJ.repeat(1, group, 1)[:, None]
+    out = F.scaled_dot_product_attention(q_BKQd, k_BKJd, v_BKJd, attn_mask=mask)
     return out.view(B, K, group, T, d).permute(0, 3, 1, 2, 4).reshape(B, T, H, d)

@@ -13,14 +13,21 @@ from glmctl.kernels.registry import op, variant
 IGNORE = -100
 """target of a position that carries no loss"""
 
+_CHUNK = {"cpu": 256, "cuda": 4096}
+"""rows at a time: on CPU few enough for the logits to stay in cache, on CUDA enough to fill the device"""
+
+_PADDING = 16
+"""Columns added to the row stride of the logits: with a power-of-two vocabulary all rows of a column would share
+one cache set, which halves the speed of the weight gradient."""
+
 
 def linear_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int = 1024
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Sum over rows with a target of `-log softmax(hidden @ weight.T)[target]`, in nats, and how many rows.
 
     hidden [N, D], weight [V, D], targets [N] int64 with -100 for "no loss": such rows cost nothing.
-    Returns (loss_sum, count): fp32 and int64 scalars. Gradients are made in the forward, a `chunk` of rows at
+    Returns (loss_sum, count): fp32 and int64 scalars. Gradients are made in the forward, `chunk` rows at
     a time, so the backward is a multiplication by the incoming scalar. Differentiable once.
     """
     hidden_ND, weight_VD = _one_dtype(hidden_ND, weight_VD)
@@ -28,12 +35,13 @@ def linear_cross_entropy(
     count = torch.tensor(kept.numel(), device=hidden_ND.device)
     if kept.numel() < targets_N.numel():
         hidden_ND, targets_N = hidden_ND.index_select(0, kept), targets_N.index_select(0, kept)
+    chunk = chunk or _CHUNK.get(hidden_ND.device.type, 1024)
     loss = op("linear_cross_entropy", hidden_ND.device.type, hidden_ND.dtype)(hidden_ND, weight_VD, targets_N, chunk)
     return loss, count
 
 
 def token_log_probs(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, temperature: float = 1.0, chunk: int = 1024
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, temperature: float = 1.0, chunk: int | None = None
 ) -> Tensor:
     """log softmax(hidden @ weight.T / temperature)[target] for each row: [N], fp32, nats.
 
@@ -41,6 +49,7 @@ def token_log_probs(
     Differentiable once, in hidden and weight.
     """
     assert temperature > 0
+    chunk = chunk or _CHUNK.get(hidden_ND.device.type, 1024)
     hidden_ND, weight_VD = _one_dtype(hidden_ND, weight_VD)
     result: Tensor = _TokenLogProbs.apply(hidden_ND, weight_VD, targets_N, temperature, chunk)  # type: ignore[no-untyped-call]
     return result
@@ -52,6 +61,20 @@ def _one_dtype(hidden_ND: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.get_autocast_dtype(device)
         return hidden_ND.to(dtype), weight_VD.to(dtype)
     return hidden_ND, weight_VD.to(hidden_ND.dtype)
+
+
+def _buffer(hidden_ND: Tensor, weight_VD: Tensor, rows: int) -> Tensor:
+    """Room for the logits of `rows` rows."""
+    vocabulary = weight_VD.shape[0]
+    return hidden_ND.new_empty(min(rows, hidden_ND.shape[0]), vocabulary + _PADDING)[:, :vocabulary]
+
+
+def _add_outer(total_VD: Tensor, grad_logits_NV: Tensor, hidden_ND: Tensor) -> None:
+    """total += grad_logits^T hidden; the total may be wider than its terms."""
+    if total_VD.dtype == hidden_ND.dtype:
+        total_VD.addmm_(grad_logits_NV.t(), hidden_ND)
+    else:
+        total_VD += grad_logits_NV.t() @ hidden_ND
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -76,45 +99,39 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, grad_enabled: bool
     ) -> Tensor:
-        wanted = grad_enabled and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
+        for_hidden, for_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         loss = torch.zeros((), dtype=_wide(hidden_ND[:0]).dtype, device=hidden_ND.device)
-        grad_hidden = torch.empty_like(hidden_ND) if wanted else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=loss.dtype) if wanted else None
+        grad_hidden = torch.empty_like(hidden_ND) if for_hidden else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=loss.dtype) if for_weight else None
+        buffer = _buffer(hidden_ND, weight_VD, chunk)
         for start in range(0, hidden_ND.shape[0], chunk):
             hidden = hidden_ND[start : start + chunk]
             target = targets_N[start : start + chunk, None]
-            logits = _wide(hidden @ weight_VD.t())
+            logits = _wide(torch.mm(hidden, weight_VD.t(), out=buffer[: hidden.shape[0]]))
             top = logits.amax(1, keepdim=True)
             chosen = logits.gather(1, target)
             exp = logits.sub_(top).exp_()
             total = exp.sum(1, keepdim=True)
             loss += (total.log() + top - chosen).sum()
-            if grad_hidden is None or grad_weight is None:
+            if not (for_hidden or for_weight):
                 continue
             # d loss / d logits = softmax - one-hot
             grad_logits = exp.div_(total)
             grad_logits.scatter_(1, target, grad_logits.gather(1, target) - 1)
             grad_logits = grad_logits.to(hidden.dtype)
-            torch.mm(grad_logits, weight_VD, out=grad_hidden[start : start + chunk])
-            if grad_weight.dtype == hidden.dtype:
-                grad_weight.addmm_(grad_logits.t(), hidden)
-            else:
-                grad_weight += grad_logits.t() @ hidden
-        if grad_hidden is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype))
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight_VD, out=grad_hidden[start : start + chunk])
+            if grad_weight is not None:
+                _add_outer(grad_weight, grad_logits, hidden)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype))
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            grad_hidden * grad.to(grad_hidden.dtype) if ctx.needs_input_grad[0] else None,
-            grad_weight * grad.to(grad_weight.dtype) if ctx.needs_input_grad[1] else None,
-            None,
-            None,
-            None,
-        )
+        scaled = [None if g is None else g * grad.to(g.dtype) for g in (grad_hidden, grad_weight)]
+        return scaled[0], scaled[1], None, None, None
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -123,8 +140,10 @@ class _TokenLogProbs(torch.autograd.Function):
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float, chunk: int
     ) -> Tensor:
         parts, normalisers = [], []
+        buffer = _buffer(hidden_ND, weight_VD, chunk)
         for start in range(0, hidden_ND.shape[0], chunk):
-            logits = _wide(hidden_ND[start : start + chunk] @ weight_VD.t()).div_(temperature)
+            hidden = hidden_ND[start : start + chunk]
+            logits = _wide(torch.mm(hidden, weight_VD.t(), out=buffer[: hidden.shape[0]])).div_(temperature)
             normaliser = logits.logsumexp(1)
             parts.append(logits.gather(1, targets_N[start : start + chunk, None]).squeeze(1) - normaliser)
             normalisers.append(normaliser)
@@ -135,19 +154,21 @@ class _TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden_ND, weight_VD, targets_N, normaliser_N = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden_ND)
-        grad_weight = torch.zeros_like(weight_VD, dtype=normaliser_N.dtype)
+        grad_weight = torch.zeros_like(weight_VD, dtype=normaliser_N.dtype) if ctx.needs_input_grad[1] else None
+        buffer = _buffer(hidden_ND, weight_VD, ctx.chunk)
         for start in range(0, hidden_ND.shape[0], ctx.chunk):
             rows = slice(start, start + ctx.chunk)
             hidden, target = hidden_ND[rows], targets_N[rows, None]
-            logits = _wide(hidden @ weight_VD.t()).div_(ctx.temperature)
+            logits = _wide(torch.mm(hidden, weight_VD.t(), out=buffer[: hidden.shape[0]])).div_(ctx.temperature)
             grad = grad_N[rows, None] / ctx.temperature
             # d logp / d logits = (one-hot - softmax) / temperature
             grad_logits = logits.sub_(normaliser_N[rows, None]).exp_().mul_(-grad)
             grad_logits.scatter_(1, target, grad_logits.gather(1, target) + grad)
             grad_logits = grad_logits.to(hidden.dtype)
             torch.mm(grad_logits, weight_VD, out=grad_hidden[rows])
-            grad_weight += grad_logits.t() @ hidden
-        return grad_hidden, grad_weight.to(weight_VD.dtype), None, None, None
+            if grad_weight is not None:
+                _add_outer(grad_weight, grad_logits, hidden)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype), None, None, None

@@ -65,10 +65,10 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight_D, scale = ctx.saved_tensors
         width = x.shape[-1]
-        normed = x * scale
-        product = grad * normed
-        grad_weight = product.reshape(-1, width).sum(0)
-        # mean over D of g w y, as a matrix-vector product
-        mean = torch.mv(product.reshape(-1, width), weight_D).view(scale.shape).div_(width)
-        grad_x = (grad * weight_D).addcmul_(normed, mean, value=-1).mul_(scale)
+        # with p = g x, one product serves both sums: dw = p^T r and mean(g w y) = r (p w) / D
+        product_MD = (grad * x).reshape(-1, width)
+        scale_M = scale.view(-1)
+        grad_weight = torch.mv(product_MD.t(), scale_M)
+        factor = torch.mv(product_MD, weight_D).mul_(scale_M).mul_(scale_M).div_(-width)
+        grad_x = (grad * weight_D).addcmul_(x, factor.view(scale.shape)).mul_(scale)
         return grad_x, grad_weight, None

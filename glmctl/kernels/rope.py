@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,64 +11,84 @@ from torch import Tensor
 from glmctl.kernels.registry import op, variant
 
 
-def rope_angles(positions_BT: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, T, 1, rotary_dim / 2] (fp32) of `position * theta^(-2i / rotary_dim)`.
+class Rotation(NamedTuple):
+    """The angles of one forward pass, laid out for `x * cos + (x @ swap) * sin`."""
 
-    Computed in fp32 as transformers does, so that logits agree at large positions too.
+    cos_BT1d: Tensor
+    """1 beyond the rotated dimensions"""
+    sin_BT1d: Tensor
+    """negative in the first half of the rotated dimensions, positive in the second, 0 beyond"""
+    swap_dd: Tensor
+    """permutation that exchanges the two halves (zero beyond): dimension i is paired with i + rotary_dim / 2"""
+    rotary_dim: int
+
+
+def rotation(
+    positions_BT: Tensor, rotary_dim: int, head_dim: int, theta: float, dtype: torch.dtype = torch.float32
+) -> Rotation:
+    """Rotation by `position * theta^(-2i / rotary_dim)` of pair i, for heads of `head_dim` dimensions.
+
+    dtype is that of the tables: fp32 even for narrower heads, whose products are then rounded once. Angles, sines and cosines are computed in fp32 as transformers does, so that logits agree at large positions too.
     """
-    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions_BT.device) / rotary_dim
+    device = positions_BT.device
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
     inverse_frequencies = 1.0 / (theta**exponents)
     angles = positions_BT[..., None, None].float() * inverse_frequencies
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    rest = (*cos.shape[:-1], head_dim - rotary_dim)
+    cos_BT1d = torch.cat([cos, cos, cos.new_ones(rest)], dim=-1).to(dtype)
+    sin_BT1d = torch.cat([-sin, sin, sin.new_zeros(rest)], dim=-1).to(dtype)
+    return Rotation(cos_BT1d, sin_BT1d, _swap(rotary_dim, head_dim, device, dtype), rotary_dim)
 
 
-def rope(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first `2 * cos.shape[-1]` dimensions of each head; the others pass through.
+@lru_cache(maxsize=16)
+def _swap(rotary_dim: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    half = rotary_dim // 2
+    # an inference tensor could not serve a later training step
+    with torch.inference_mode(False):
+        swap = torch.zeros(head_dim, head_dim)
+        first = torch.arange(half)
+        swap[first, first + half] = 1.0
+        swap[first + half, first] = 1.0
+        return swap.to(device=device, dtype=dtype)
 
-    Dimension i is paired with i + rotary_dim / 2. x [B, T, H, d]; cos, sin [B or 1, T, 1, rotary_dim / 2].
-    """
-    result: Tensor = op("rope", x_BTHd.device.type, x_BTHd.dtype)(x_BTHd, cos, sin)
+
+def rope(x_BTHd: Tensor, turn: Rotation) -> Tensor:
+    """Rotate the first `rotary_dim` dimensions of each head; the others pass through. x [B, T, H, d], same result."""
+    result: Tensor = op("rope", x_BTHd.device.type, x_BTHd.dtype)(x_BTHd, turn)
     return result
 
 
 @variant("rope", "reference")
-def reference(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The definition."""
-    half = cos.shape[-1]
-    cos, sin = cos.to(x_BTHd.dtype), sin.to(x_BTHd.dtype)
+def reference(x_BTHd: Tensor, turn: Rotation) -> Tensor:
+    """The definition: (a, b) -> (a cos - b sin, b cos + a sin) for the halves a and b."""
+    half = turn.rotary_dim // 2
+    cos, sin = turn.cos_BT1d[..., :half], turn.sin_BT1d[..., half : 2 * half]
     a, b, rest = x_BTHd[..., :half], x_BTHd[..., half : 2 * half], x_BTHd[..., 2 * half :]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x_BTHd.dtype)
 
 
 @variant("rope", "function", devices=("cpu",), dtypes=(torch.float32, torch.float64))
-def in_one_function(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Written straight into the result; the backward is the rotation by the opposite angle."""
+def in_one_function(x_BTHd: Tensor, turn: Rotation) -> Tensor:
+    """Three passes: the exchange of halves as a product with a 0-1 matrix is exact and faster on CPU than copies.
+
+    The backward is the transposed map.
+    """
+    if turn.cos_BT1d.dtype != x_BTHd.dtype:
+        return reference(x_BTHd, turn)
     if torch.is_grad_enabled() and x_BTHd.requires_grad:
-        result: Tensor = _Rope.apply(x_BTHd, cos, sin)  # type: ignore[no-untyped-call]
+        result: Tensor = _Rope.apply(x_BTHd, *turn)  # type: ignore[no-untyped-call]
         return result
-    return _rotate(x_BTHd, cos, sin, 1)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    half = cos.shape[-1]
-    out = torch.empty_like(x)
-    a, b = x[..., :half], x[..., half : 2 * half]
-    torch.mul(a, cos, out=out[..., :half])
-    out[..., :half].addcmul_(b, sin, value=-sign)
-    torch.mul(b, cos, out=out[..., half : 2 * half])
-    out[..., half : 2 * half].addcmul_(a, sin, value=sign)
-    if x.shape[-1] > 2 * half:
-        out[..., 2 * half :] = x[..., 2 * half :]
-    return out
+    return (x_BTHd * turn.cos_BT1d).addcmul_(x_BTHd @ turn.swap_dd, turn.sin_BT1d)
 
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, 1)
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, swap: Tensor, rotary_dim: int) -> Tensor:
+        ctx.save_for_backward(cos, sin, swap)
+        return (x * cos).addcmul_(x @ swap, sin)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(grad, cos, sin, -1), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        cos, sin, swap = ctx.saved_tensors
+        return (grad * cos).add_((grad * sin) @ swap), None, None, None, None

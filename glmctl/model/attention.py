@@ -56,10 +56,10 @@ class Cached:
         # rows that all begin an empty cache need no look at it: causality hides the right padding
         self.fresh = lowest == 0 and highest == T - 1 and bool((positions_BT == expected).all())
         aligned = lowest == highest
-        self.hidden_BTJ: Tensor | None = None
+        self.visible_BTJ: Tensor | None = None
         if not self.fresh and not aligned:
             places = torch.arange(self.seen, device=positions_BT.device)
-            self.hidden_BTJ = places > positions_BT[..., None]
+            self.visible_BTJ = places <= positions_BT[..., None]
         self.start = lowest if aligned or self.fresh else None
         self.row_B1 = torch.arange(*rows.indices(cache.rows), device=positions_BT.device)[:, None]
 
@@ -76,7 +76,7 @@ class Cached:
             return causal_attention(q_BTHd, k_BTKd, v_BTKd)
         k_BKJd = keys_SKJd[self.rows, :, : self.seen].to(q_BTHd.dtype)
         v_BKJd = values_SKJd[self.rows, :, : self.seen].to(q_BTHd.dtype)
-        return cached_attention(q_BTHd, k_BKJd, v_BKJd, self.hidden_BTJ)
+        return cached_attention(q_BTHd, k_BKJd, v_BKJd, self.visible_BTJ)
 
 
 def sight(documents_BT: Tensor | None, cache: KVCache | None, rows: slice | None, positions_BT: Tensor) -> Sight:

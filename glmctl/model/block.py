@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from glmctl.kernels.experts import experts
 from glmctl.kernels.rms_norm import rms_norm
-from glmctl.kernels.rope import rope
+from glmctl.kernels.rope import Rotation, rope
 from glmctl.kernels.swiglu import swiglu
 from glmctl.model.attention import Sight
 from glmctl.model.config import ModelConfig
@@ -19,8 +19,7 @@ from glmctl.model.router import Router, RouterStats
 class Pass(NamedTuple):
     """What all layers of one forward pass share."""
 
-    cos: Tensor
-    sin: Tensor
+    turn: Rotation
     sight: Sight
     stats: RouterStats | None
 
@@ -61,8 +60,8 @@ class Attention(nn.Module):
         v_BTKd = self.v_proj(x_BTD).view(B, T, -1, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHd, k_BTKd = self.q_norm(q_BTHd), self.k_norm(k_BTKd)
-        q_BTHd = rope(q_BTHd, shared.cos, shared.sin).to(v_BTKd.dtype)
-        k_BTKd = rope(k_BTKd, shared.cos, shared.sin).to(v_BTKd.dtype)
+        q_BTHd = rope(q_BTHd, shared.turn).to(v_BTKd.dtype)
+        k_BTKd = rope(k_BTKd, shared.turn).to(v_BTKd.dtype)
         out_BTHd = shared.sight.attend(self.layer, q_BTHd, k_BTKd, v_BTKd)
         result: Tensor = self.o_proj(out_BTHd.reshape(B, T, -1))
         return result

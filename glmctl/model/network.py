@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glmctl.kernels.rope import rope_angles
+from glmctl.kernels.rope import rotation
 from glmctl.model.attention import sight
 from glmctl.model.block import DecoderLayer, MoE, Pass, RmsNorm
 from glmctl.model.cache import KVCache
@@ -156,10 +156,13 @@ class GlmMoe(nn.Module):
         rows: slice | None,
         stats: RouterStats | None,
     ) -> Pass:
-        cos, sin = rope_angles(positions_BT, self.config.rotary_dim, self.config.rope_theta)
+        c = self.config
+        turn = rotation(
+            positions_BT, c.rotary_dim, c.head_dim, c.rope_theta, torch.promote_types(self.dtype, torch.float32)
+        )
         if stats is not None:
             stats.valid_BT = None if documents_BT is None else documents_BT >= 0
-        return Pass(cos, sin, sight(documents_BT, cache, rows, positions_BT), stats)
+        return Pass(turn, sight(documents_BT, cache, rows, positions_BT), stats)
 
 
 class MtpLayer(nn.Module):

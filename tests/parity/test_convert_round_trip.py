@@ -19,9 +19,11 @@ from glmctl.model.config import ModelConfig
 from glmctl.model.folder import load_model, save_model
 from glmctl.model.network import GlmMoe
 from glmctl.model.tensor_file import write_tensors
-from glmctl.recipe.schema import ConvertRecipe
+from glmctl.recipe.schema import ConvertRecipe, MuonSpec
 from glmctl.run import atomic
 from glmctl.run.directory import Run
+from glmctl.training import checkpoint
+from glmctl.training.optim import build_optimizer
 
 
 @pytest.fixture
@@ -100,17 +102,17 @@ def test_index_total_size_is_the_sum_of_the_tensors(model: GlmMoe, tmp_path: Pat
 
 
 def test_checkpoint_to_folder_to_checkpoint(model: GlmMoe, tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(model, tmp_path / "train" / "checkpoints" / "step-00000007")
-    summary, exported = run_recipe(tmp_path / "c1", source=str(checkpoint))
+    written = write_checkpoint(model, tmp_path / "train" / "checkpoints" / "step-00000007")
+    summary, exported = run_recipe(tmp_path / "c1", source=str(written))
     assert summary["identical"] is True
     assert summary["max_logit_difference"] == 0.0
     assert summary["tensors"] == len(digests(exported))
     assert summary["bytes"] == sum(p.stat().st_size for p in exported.glob("*.safetensors")) - _header_bytes(exported)
     _, back = run_recipe(tmp_path / "c2", source=str(exported), to="checkpoint")
-    assert (back / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
+    assert (back / "model.safetensors").read_bytes() == (written / "model.safetensors").read_bytes()
     summary, _ = run_recipe(tmp_path / "c3", source=str(back), shard_bytes=20_000)
     assert summary["identical"] is True
-    assert compare(checkpoint, tmp_path / "c3").identical
+    assert compare(written, tmp_path / "c3").identical
 
 
 def _header_bytes(folder: Path) -> int:
@@ -132,9 +134,20 @@ def test_a_run_means_its_newest_checkpoint_and_brings_its_tokenizer(model: GlmMo
     assert (exported / "tokenizer.json").exists()
 
 
+def test_a_checkpoint_written_by_training_converts(model: GlmMoe, tmp_path: Path) -> None:
+    optimizer = build_optimizer(model, MuonSpec())
+    state = {"step": 3, "model": model.config.model_dump(mode="json")}
+    checkpoint.save(tmp_path / "train" / "checkpoints", model, optimizer, state)
+    summary, exported = run_recipe(tmp_path / "c", source=str(tmp_path / "train"))
+    assert summary["identical"] is True
+    restored = load_model(exported)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(restored.state_dict()[name], tensor), name
+
+
 def test_bfloat16_export_loads_in_transformers_and_keeps_router_biases_fp32(model: GlmMoe, tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(model, tmp_path / "step-00000001")
-    summary, exported = run_recipe(tmp_path / "c", source=str(checkpoint), dtype="bfloat16")
+    written = write_checkpoint(model, tmp_path / "step-00000001")
+    summary, exported = run_recipe(tmp_path / "c", source=str(written), dtype="bfloat16")
     assert summary["identical"] is True
     assert 0 < summary["max_logit_difference"] < 1
     kinds = {name.endswith("e_score_correction_bias"): dtype for name, (dtype, _, _) in digests(exported).items()}
@@ -181,12 +194,12 @@ def test_compare_lists_names_both_ways(model: GlmMoe, tmp_path: Path, tiny_confi
 
 
 def test_a_damaged_checkpoint_is_named_and_nothing_is_exported(model: GlmMoe, tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(model, tmp_path / "step-00000001")
-    body = bytearray((checkpoint / "model.safetensors").read_bytes())
+    written = write_checkpoint(model, tmp_path / "step-00000001")
+    body = bytearray((written / "model.safetensors").read_bytes())
     body[-5] ^= 1
-    (checkpoint / "model.safetensors").write_bytes(body)
+    (written / "model.safetensors").write_bytes(body)
     with pytest.raises(DataError, match=r"model\.safetensors"):
-        run_recipe(tmp_path / "c", source=str(checkpoint))
+        run_recipe(tmp_path / "c", source=str(written))
     assert not (tmp_path / "c" / "export").exists()
 
 

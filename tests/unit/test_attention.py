@@ -36,15 +36,15 @@ def test_buckets_equal_the_mask_for_any_layout(ids: list[list[int]]) -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_long_documents_land_in_few_padded_places() -> None:
-    """The work saved is the point: a third of a bucket at most is padding once documents exceed 16 tokens."""
+def test_documents_take_little_more_than_their_own_places() -> None:
+    """The work saved is the point: little of a bucket is padding."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(17, 200, (40,), generator=generator).tolist()
     documents = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None]
     segments = find_segments(documents)
     assert sum(b.documents for b in segments.buckets) == 40
-    assert sum(b.documents * b.length for b in segments.buckets) <= 1.5 * sum(lengths)
-    assert len(segments.buckets) <= 8
+    assert sum(b.documents * b.length for b in segments.buckets) <= 1.25 * sum(lengths)
+    assert len(segments.buckets) <= 24
 
 
 def test_causal_attention_equals_plain_softmax_with_repeated_heads() -> None:
@@ -62,8 +62,8 @@ def test_cached_attention_equals_the_last_rows_of_causal(steps: int) -> None:
     q, k, v = projections(2, 9, 6, 2, 8)
     whole = causal_attention(q, k, v)
     positions = torch.arange(9 - steps, 9)
-    hidden = (torch.arange(9) > positions[:, None]).expand(2, steps, 9)
-    out = cached_attention(q[:, -steps:], k.transpose(1, 2), v.transpose(1, 2), hidden if steps > 1 else None)
+    visible = (torch.arange(9) <= positions[:, None]).expand(2, steps, 9)
+    out = cached_attention(q[:, -steps:], k.transpose(1, 2), v.transpose(1, 2), visible if steps > 1 else None)
     torch.testing.assert_close(out, whole[:, -steps:])
 
 

@@ -101,6 +101,16 @@ def test_token_log_probs_sum_to_the_cross_entropy() -> None:
     torch.testing.assert_close(total, linear_cross_entropy(hidden, weight, targets)[0])
 
 
+def test_token_log_probs_with_a_frozen_head() -> None:
+    hidden, weight, targets = problem(9)
+    token_log_probs(hidden, weight.detach(), targets).sum().backward()
+    frozen = hidden.grad
+    hidden.grad = None
+    token_log_probs(hidden, weight, targets).sum().backward()
+    assert frozen is not None
+    assert torch.equal(frozen, hidden.grad)
+
+
 def test_token_log_probs_of_nothing() -> None:
     hidden, weight, targets = problem(3)
     logp = token_log_probs(hidden[:0], weight, targets[:0])
@@ -113,5 +123,5 @@ def test_bf16_hidden_states_give_fp32_losses() -> None:
     low, _ = linear_cross_entropy(hidden.bfloat16(), weight.float(), targets)
     exact, _ = linear_cross_entropy(hidden, weight, targets)
     assert low.dtype == torch.float32
-    assert abs(float(low) - float(exact)) < 0.02 * float(exact)
+    assert abs(low.item() - exact.item()) < 0.02 * exact.item()
     assert token_log_probs(hidden.bfloat16(), weight.float(), targets).dtype == torch.float32

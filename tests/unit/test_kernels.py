@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from glmctl.kernels import registry
 from glmctl.kernels.rms_norm import rms_norm
-from glmctl.kernels.rope import rope, rope_angles
+from glmctl.kernels.rope import rope, rotation
 from glmctl.kernels.swiglu import swiglu
 
 
@@ -64,13 +64,9 @@ def test_swiglu() -> None:
 @pytest.mark.parametrize(("rotary", "width"), [(16, 16), (8, 16), (4, 24)])
 def test_rope_function_equals_reference(rotary: int, width: int) -> None:
     x = draw(2, 5, 3, width)
-    cos, sin = rope_angles(torch.arange(5).expand(2, 5), rotary, 1e4)
+    turn = rotation(torch.arange(5).expand(2, 5), rotary, width, 1e4, torch.float64)
     found = registry.variants("rope")
-    same_with_gradients(
-        lambda x: found["function"](x, cos.double(), sin.double()),
-        lambda x: found["reference"](x, cos.double(), sin.double()),
-        [x],
-    )
+    same_with_gradients(lambda x: found["function"](x, turn), lambda x: found["reference"](x, turn), [x])
 
 
 def test_the_registry_prefers_the_last_suiting_variant_and_can_be_forced() -> None:
@@ -90,6 +86,6 @@ def test_every_operation_has_a_reference_first(name: str) -> None:
 
 
 def test_rope_entry_point_keeps_the_dtype() -> None:
-    cos, sin = rope_angles(torch.arange(4)[None], 8, 1e4)
     for dtype in (torch.float32, torch.bfloat16):
-        assert rope(draw(1, 4, 2, 16, grad=False).to(dtype), cos, sin).dtype == dtype
+        turn = rotation(torch.arange(4)[None], 8, 16, 1e4)
+        assert rope(draw(1, 4, 2, 16, grad=False).to(dtype), turn).dtype == dtype

@@ -8,7 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glmctl.kernels.rope import rope, rope_angles
+from glmctl.kernels.rope import Rotation, rope, rotation
+
+
+def turn(positions: torch.Tensor, rotary: int, theta: float, dtype: torch.dtype = torch.float32) -> Rotation:
+    return rotation(positions, rotary, 16, theta, dtype)
 
 
 def heads(seed: int = 0, width: int = 16, length: int = 6) -> torch.Tensor:
@@ -18,7 +22,7 @@ def heads(seed: int = 0, width: int = 16, length: int = 6) -> torch.Tensor:
 def test_pairs_are_half_split_and_angles_are_the_formula() -> None:
     """Dimension i is rotated with i + rotary/2 by position * theta^(-2i/rotary)."""
     x, rotary, theta = heads(), 8, 100.0
-    out = rope(x, *rope_angles(torch.arange(6)[None], rotary, theta))
+    out = rope(x, turn(torch.arange(6)[None], rotary, theta))
     for t in range(6):
         for i in range(rotary // 2):
             angle = t * theta ** (-2 * i / rotary)
@@ -29,14 +33,14 @@ def test_pairs_are_half_split_and_angles_are_the_formula() -> None:
 
 def test_other_dimensions_pass_through() -> None:
     x = heads()
-    out = rope(x, *rope_angles(torch.arange(6)[None], 8, 1e4))
+    out = rope(x, turn(torch.arange(6)[None], 8, 1e4))
     assert torch.equal(out[..., 8:], x[..., 8:])
     assert not torch.equal(out[..., :8], x[..., :8])
 
 
 def test_position_zero_is_the_identity() -> None:
     x = heads()
-    assert torch.equal(rope(x, *rope_angles(torch.zeros(1, 6, dtype=torch.long), 16, 1e4)), x)
+    assert torch.equal(rope(x, turn(torch.zeros(1, 6, dtype=torch.long), 16, 1e4)), x)
 
 
 @settings(max_examples=30, deadline=None)
@@ -46,7 +50,7 @@ def test_scores_depend_on_relative_position_only(shift: int, gap: int, theta: fl
 
     def score(query_position: int, key_position: int) -> torch.Tensor:
         rotated = [
-            rope(x, *(a.double() for a in rope_angles(torch.tensor([[p]]), 8, theta)))
+            rope(x, turn(torch.tensor([[p]]), 8, theta, torch.float64))
             for x, p in ((q, query_position), (k, key_position))
         ]
         return (rotated[0] * rotated[1]).sum(-1)
@@ -57,5 +61,5 @@ def test_scores_depend_on_relative_position_only(shift: int, gap: int, theta: fl
 
 def test_norms_are_kept() -> None:
     x = heads()
-    out = rope(x, *rope_angles(torch.arange(6)[None] * 37, 8, 1e4))
+    out = rope(x, turn(torch.arange(6)[None] * 37, 8, 1e4))
     torch.testing.assert_close(out.norm(dim=-1), x.norm(dim=-1))
