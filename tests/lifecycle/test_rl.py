@@ -137,6 +137,7 @@ def test_what_a_run_writes_down(place, tmp_path, paid) -> None:
     summary = train(recipe, tmp_path / "run")
     assert summary.keys() == {
         "heldout_start", "heldout_end", "heldout_gain_points", "reward_first", "reward_last", "steps", "well_formed",
+        "well_formed_start",
     }  # fmt: skip
     rows = rows_without_times(tmp_path / "run")
     assert [row["step"] for row in rows] == [0, 1, 2]
