@@ -28,7 +28,8 @@ def rotation(
 ) -> Rotation:
     """Rotation by `position * theta^(-2i / rotary_dim)` of pair i, for heads of `head_dim` dimensions.
 
-    dtype is that of the tables: fp32 even for narrower heads, whose products are then rounded once. Angles, sines and cosines are computed in fp32 as transformers does, so that logits agree at large positions too.
+    dtype is that of the tables: fp32 even for narrower heads, whose products are then rounded once. Angles, sines
+    and cosines are computed in fp32 as transformers does, so that logits agree at large positions too.
     """
     device = positions_BT.device
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
