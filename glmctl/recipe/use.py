@@ -1,0 +1,54 @@
+"""Recipes that use a model: `eval`, `convert`, `serve`. Importable without torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from glmctl.recipe.sections import RecipeBase, Sampling
+
+
+class EvalRecipe(RecipeBase):
+    """lm-eval over one or several models; tasks are lm-eval names, our own offline ones, or problem files."""
+
+    type: Literal["eval"] = "eval"
+    models: dict[str, str] = Field(min_length=1)
+    tasks: list[str] = Field([], description="lm-eval task names; ours are listed by `glmctl eval --list`")
+    problems: dict[str, str] = Field({}, description="task name -> problem file, scored by its verifier")
+    perplexity_texts: list[str] = Field([], description="JSON lines for glmctl_perplexity; none = the set that ships")
+    limit: int | None = Field(None, gt=0)
+    num_fewshot: int | None = Field(None, ge=0)
+    apply_chat_template: bool = Field(False, description="for tasks that are not ours; ours know when")
+    enable_thinking: bool = True
+    sampling: Sampling = Sampling(temperature=0.0)
+    max_turns: int = Field(4, gt=0, description="model turns in one episode of a problem")
+    speculative_limit: int = Field(16, ge=0, description="problems of each file decoded with and without MTP drafts")
+    batch_tokens: int = Field(8192, gt=0, description="most tokens in one forward pass")
+    max_slots: int = Field(64, gt=0, description="requests that generate at once")
+    bootstrap_iters: int = Field(0, ge=0)
+
+
+class ConvertRecipe(RecipeBase):
+    """Run checkpoint to Hugging Face folder or back, verified tensor by tensor."""
+
+    type: Literal["convert"] = "convert"
+    source: str
+    to: Literal["hf", "checkpoint"] = "hf"
+    dtype: Literal["float32", "bfloat16", "keep"] = "keep"
+    shard_bytes: int = Field(5_000_000_000, gt=0)
+
+
+class ServeRecipe(RecipeBase):
+    """The OpenAI-compatible server; with `ask`, it starts, answers these through the official client, and stops."""
+
+    type: Literal["serve"] = "serve"
+    model: str
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535, description="0 = any free port")
+    served_name: str | None = None
+    max_slots: int = Field(16, gt=0)
+    max_queue: int = Field(64, gt=0)
+    speculative: int = Field(1, ge=0, le=1, description="tokens drafted by the MTP layer")
+    ask: list[str] = Field([], description="questions to answer through the official client before stopping")
+    ask_problems: list[str] = Field([], description="problem files; the first problem of each is asked too")
