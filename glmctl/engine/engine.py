@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from glmctl.engine.compact import CompactRunner
 from glmctl.engine.request import Completion, Event, FinishReason, Request, Sequence, TopLogprobs, check_prompt
-from glmctl.engine.runner import Runner
 from glmctl.engine.sampler import Picked, pick
 from glmctl.engine.scheduler import Scheduler
 from glmctl.engine.speculative import verify_and_redraft
@@ -74,7 +74,7 @@ class Engine:
         self.version = 0
         self.stats = EngineStats()
         self._scheduler = Scheduler(max_slots, prefill_tokens)
-        self._runner = Runner(model, max_slots, self.max_length, with_mtp=bool(speculative))
+        self._runner = CompactRunner(model, max_slots, self.max_length, with_mtp=bool(speculative))
         self._ids: set[str] = set()
 
     # ------------------------------------------------------------------ requests

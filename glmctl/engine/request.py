@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
+
+from torch import Tensor
 
 from glmctl.errors import GlmctlError
 
@@ -17,6 +19,26 @@ FinishReason = Literal["stop", "length", "aborted"]
 MAX_TOP_LOGPROBS = 20
 TopLogprobs = list[tuple[int, float]]
 """(token id, log-probability) of the likeliest tokens, best first"""
+
+
+class Constraint(Protocol):
+    """What a request may generate next, as a state machine over its tokens (a grammar). Used by the engine's thread."""
+
+    def mask(self) -> Tensor | None:
+        """bool [V] on the CPU, True = allowed, at least one of them; None = everything."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Advance by a token that the mask allowed."""
+        ...
+
+    def rollback(self, count: int) -> None:
+        """Take the last `count` accepted tokens back (drafts that were looked at)."""
+        ...
+
+    def fresh(self) -> Constraint:
+        """The same constraint at its start. The engine never touches the one of a `Request`, which may be shared."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from glmctl.engine.runner import Runner
+from glmctl.engine.compact import CompactRunner
 from glmctl.engine.sampler import I64, Picked, pick
 
 
@@ -28,7 +28,7 @@ class Verified:
     """[rows], 1 where the draft was right and the second token holds"""
 
 
-def verify_and_redraft(runner: Runner, rows: int) -> Verified:
+def verify_and_redraft(runner: CompactRunner, rows: int) -> Verified:
     """One step over rows 0..rows-1: verify the drafts, then draft again. Advances token, position and drawn."""
     hidden_B2D = runner.verify(rows)
     logits = runner.model.logits(hidden_B2D.flatten(0, 1))

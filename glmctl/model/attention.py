@@ -79,7 +79,7 @@ class Cached:
         return cached_attention(q_BTHd, k_BKJd, v_BKJd, self.visible_BTJ)
 
 
-def sight(documents_BT: Tensor | None, cache: KVCache | None, rows: slice | None, positions_BT: Tensor) -> Sight:
+def choose_sight(documents_BT: Tensor | None, cache: KVCache | None, rows: slice | None, positions_BT: Tensor) -> Sight:
     """The sight of one forward pass; a cache excludes packed documents."""
     if cache is not None:
         assert documents_BT is None, "packed documents cannot be cached"

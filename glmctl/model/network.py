@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glmctl.kernels.rope import rotation
-from glmctl.model.attention import sight
+from glmctl.model.attention import Sight, choose_sight
 from glmctl.model.block import DecoderLayer, MoE, Pass, RmsNorm
 from glmctl.model.cache import KVCache
 from glmctl.model.config import ModelConfig
@@ -109,6 +109,7 @@ class GlmMoe(nn.Module):
         documents_BT: Tensor | None = None,
         cache: KVCache | None = None,
         rows: slice | None = None,
+        sight: Sight | None = None,
         stats: RouterStats | None = None,
     ) -> Tensor:
         """Hidden states [B, T, D] after the final norm.
@@ -117,9 +118,11 @@ class GlmMoe(nn.Module):
         packed documents, -1 for padding; a document is a run of one id in a row and sees only itself; None means
         each row is one document. With a cache, the new keys and values are stored in its `rows` (default: the first B)
         and every stored place up to the query's position is seen; rows of unequal length are padded on the right.
+        sight: what a position sees, decided by the caller (the engine's paged cache); then no documents and no cache.
         """
         positions_BT = self._positions(tokens_BT, positions_BT)
-        shared = self._share(positions_BT, documents_BT, cache, rows, stats)
+        sight = sight or choose_sight(documents_BT, cache, rows, positions_BT)
+        shared = self._share(positions_BT, sight, documents_BT, stats)
         x_BTD = self.embed_tokens(tokens_BT)
         for layer in self.layers:
             x_BTD = layer(x_BTD, shared)
@@ -149,12 +152,7 @@ class GlmMoe(nn.Module):
         return torch.arange(T, device=tokens_BT.device).expand(B, T)
 
     def _share(
-        self,
-        positions_BT: Tensor,
-        documents_BT: Tensor | None,
-        cache: KVCache | None,
-        rows: slice | None,
-        stats: RouterStats | None,
+        self, positions_BT: Tensor, sight: Sight, documents_BT: Tensor | None, stats: RouterStats | None
     ) -> Pass:
         c = self.config
         turn = rotation(
@@ -162,7 +160,7 @@ class GlmMoe(nn.Module):
         )
         if stats is not None:
             stats.valid_BT = None if documents_BT is None else documents_BT >= 0
-        return Pass(turn, sight(documents_BT, cache, rows, positions_BT), stats)
+        return Pass(turn, sight, stats)
 
 
 class MtpLayer(nn.Module):
@@ -194,16 +192,18 @@ class MtpLayer(nn.Module):
         documents_BT: Tensor | None = None,
         cache: KVCache | None = None,
         rows: slice | None = None,
+        sight: Sight | None = None,
         stats: RouterStats | None = None,
     ) -> Tensor:
         """hidden [B, T, D] (the network's result at positions i) and tokens i+1 -> [B, T, D] predicting i+2.
 
-        positions, documents, cache and rows are those of position i, as in `GlmMoe.forward`; the cache entry lies in
-        layer `num_hidden_layers`.
+        positions, documents, cache, rows and sight are those of position i, as in `GlmMoe.forward`; the cache entry
+        lies in layer `num_hidden_layers`.
         """
         model = self._owner[0]
         positions_BT = model._positions(next_tokens_BT, positions_BT)
-        shared = model._share(positions_BT, documents_BT, cache, rows, stats)
+        sight = sight or choose_sight(documents_BT, cache, rows, positions_BT)
+        shared = model._share(positions_BT, sight, documents_BT, stats)
         embedded_BTD = model.embed_tokens(next_tokens_BT)
         x_BTD = self.eh_proj(torch.cat([self.enorm(embedded_BTD), self.hnorm(hidden_BTD)], dim=-1))
         result: Tensor = self.norm(self.layer(x_BTD, shared))

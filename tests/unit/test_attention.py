@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from glmctl.kernels.attention import cached_attention, causal_attention, find_segments, in_buckets, masked
-from glmctl.model.attention import PackedDocuments, WholeRows, sight
+from glmctl.model.attention import PackedDocuments, WholeRows, choose_sight
 
 
 def projections(B: int, T: int, heads: int, kv: int, d: int, seed: int = 0) -> list[Tensor]:
@@ -71,7 +71,7 @@ def test_whole_rows_take_the_plain_path() -> None:
     positions = torch.arange(20).expand(2, 20)
 
     def chosen(documents: Tensor | None) -> type:
-        return type(sight(documents, None, None, positions))
+        return type(choose_sight(documents, None, None, positions))
 
     assert chosen(None) is WholeRows
     assert chosen(torch.tensor([[0] * 20, [1] * 20])) is WholeRows

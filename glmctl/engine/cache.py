@@ -1,0 +1,58 @@
+"""Keys and values in blocks of a fixed number of places, handed out one by one to the sequences that need them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from glmctl.model.config import ModelConfig
+
+BLOCK_SIZE = 16
+
+
+class PagedCache:
+    """Room for `blocks` x `block_size` places in every layer.
+
+    `keys[l]` and `values[l]` are contiguous [blocks, K, block_size, d]; layer `num_hidden_layers` is the MTP layer's,
+    when `layers` counts it. A sequence's place p lies in block `table[p // block_size]` at offset
+    `p % block_size`, where `table` is its row of block ids. Block 0 belongs to nobody: tables are padded with it.
+    Keys are stored rotated.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        blocks: int,
+        *,
+        layers: int,
+        block_size: int = BLOCK_SIZE,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        assert blocks >= 2, "block 0 is padding; at least one more is needed"
+        assert block_size >= 1
+        assert block_size & (block_size - 1) == 0, "block_size must be a power of two"
+        self.config, self.blocks, self.block_size = config, blocks, block_size
+        shape = (blocks, config.num_key_value_heads, block_size, config.head_dim)
+        self.keys = [_zeros(shape, device, dtype) for _ in range(layers)]
+        self.values = [_zeros(shape, device, dtype) for _ in range(layers)]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory reserved."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    @staticmethod
+    def bytes_per_block(config: ModelConfig, layers: int, block_size: int, dtype: torch.dtype) -> int:
+        """What one block costs."""
+        return 2 * layers * config.num_key_value_heads * block_size * config.head_dim * dtype.itemsize
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros, not empty: a masked place meets a weight of exactly 0, and 0 * NaN would be NaN.
+
+    On a CPU through numpy, whose zeros are calloc: pages that are never used are never committed.
+    """
+    if torch.device(device).type == "cpu" and dtype == torch.float32:
+        return torch.from_numpy(np.zeros(shape, np.float32))
+    return torch.zeros(shape, device=device, dtype=dtype)
