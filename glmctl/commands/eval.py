@@ -42,7 +42,17 @@ def eval_(
         Path | None,
         typer.Option("--output_path", "--output-path", "-o", "--run", metavar="DIR", help="The run directory."),
     ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", metavar="N", help="Samples of each problem: avg@N and pass@k.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", metavar="T", help="Of problems and our tasks; 0 is greedy.")
+    ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List our own offline tasks.")] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--compare", metavar="A B", help="Two evaluated models (<run>/export/<model>), paired."),
+    ] = None,
     overrides: stage.SetOption = None,
     fresh: stage.FreshOption = False,
     dry_run: stage.DryRunOption = False,
@@ -51,8 +61,13 @@ def eval_(
     if list_:
         _list()
         return
+    if compare is not None:
+        _compare(*compare)
+        return
     if target is None:
         raise GlmctlError("missing argument 'MODEL|RECIPE'", hint="`glmctl eval --help` shows the options")
+    if temperature is not None:
+        overrides = [f"sampling.temperature={temperature}", *(overrides or [])]
     wanted = [name for word in tasks or [] for name in word.split(",") if name]
     options: dict[str, tuple[str, Any]] = {
         "tasks": ("--tasks", wanted or None),
@@ -60,6 +75,7 @@ def eval_(
         "num_fewshot": ("--num_fewshot", num_fewshot),
         "limit": ("--limit", limit),
         "enable_thinking": ("--nothink", False if nothink else None),
+        "samples_per_problem": ("--samples", samples),
     }
     if names.looks_like_recipe(target):
         stage.run_stage(
@@ -88,6 +104,17 @@ def _list() -> None:
     console.table("", ["task", "metric", "problems", "what"], rows)
     keys = ("task", "metric", "problems", "about")
     console.result({"tasks": [dict(zip(keys, row, strict=True)) for row in rows]}, text="")
+
+
+def _compare(first: Path, second: Path) -> None:
+    from dataclasses import asdict
+
+    from glmctl.evaluation.compare import compare, show
+
+    results = compare(first, second)
+    show(first, second, results)
+    rows = {task: {**asdict(one), "difference": one.difference} for task, one in results.items()}
+    console.result({"first": str(first), "second": str(second), "tasks": rows}, text="")
 
 
 def _pair(word: str) -> tuple[str, str]:

@@ -20,10 +20,12 @@ from glmctl.errors import RecipeError, unknown
 from glmctl.evaluation.catalog import OWN_TASKS
 from glmctl.evaluation.results import add_verified, by_task, document, write_json, write_rows
 from glmctl.evaluation.speculative import check
+from glmctl.evaluation.statistics import repeated
 from glmctl.model.folder import load_model
 from glmctl.model.network import GlmMoe
 from glmctl.recipe.schema import EvalRecipe
 from glmctl.rl.environment import Problem, read_problems
+from glmctl.rl.episode import Trajectory
 from glmctl.rl.journal import sample_row
 from glmctl.rl.score import score_problems
 from glmctl.rl.tasks import environment
@@ -155,6 +157,7 @@ class _Evaluation:
             enable_thinking=recipe.enable_thinking,
             seed=recipe.seed,
             max_turns=recipe.max_turns,
+            samples=recipe.samples_per_problem,
         )
         figures = {
             "accuracy": score.accuracy,
@@ -162,6 +165,8 @@ class _Evaluation:
             "thinking_rate": score.thinking_rate,
             "mean_tokens": score.mean_tokens,
         }
+        if recipe.samples_per_problem > 1:
+            figures |= repeated(_rewards(score.samples))
         add_verified(results, name, figures, len(problems))
         rows = [{"model": self.name, **sample_row(one, self.template)} for one in score.samples]
         write_rows(self.folder / f"samples_{name}.jsonl", rows)
@@ -204,12 +209,24 @@ class _Evaluation:
             "model_args": {"pretrained": recipe.models[self.name]},
             "model_num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "model_dtype": str(self.model.dtype),
-            **recipe.model_dump(mode="json", include={"limit", "num_fewshot", "bootstrap_iters", "sampling"}),
+            **recipe.model_dump(
+                mode="json",
+                include={"limit", "num_fewshot", "bootstrap_iters", "sampling", "samples_per_problem", "max_turns"},
+            ),
             **recipe.model_dump(mode="json", include={"enable_thinking", "apply_chat_template", "seed"}),
         }
         write_json(self.folder / "results.json", document(results, config, started))
         for task, rows in results.get("samples", {}).items():
             write_rows(self.folder / f"samples_{task}.jsonl", rows)
+
+
+def _rewards(samples: Sequence[Trajectory]) -> list[list[float]]:
+    """Rewards by problem; one that infrastructure failed throughout says nothing and is left out."""
+    groups: dict[int, list[float]] = {}
+    for one in samples:
+        if one.reward is not None:
+            groups.setdefault(one.group, []).append(one.reward)
+    return list(groups.values())
 
 
 def _show(title: str, summary: Mapping[str, Any], models: Sequence[str]) -> None:

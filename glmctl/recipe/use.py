@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from glmctl.recipe.sections import RecipeBase, Sampling
 
@@ -23,10 +23,19 @@ class EvalRecipe(RecipeBase):
     enable_thinking: bool = True
     sampling: Sampling = Sampling(temperature=0.0)
     max_turns: int = Field(4, gt=0, description="model turns in one episode of a problem")
+    samples_per_problem: int = Field(
+        1, gt=0, description="more than 1: avg@n and pass@k; needs sampling.temperature > 0"
+    )
     speculative_limit: int = Field(16, ge=0, description="problems of each file decoded with and without MTP drafts")
     batch_tokens: int = Field(8192, gt=0, description="most tokens in one forward pass")
     max_slots: int = Field(64, gt=0, description="requests that generate at once")
     bootstrap_iters: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> EvalRecipe:
+        if self.samples_per_problem > 1 and self.sampling.temperature == 0:
+            raise ValueError("samples_per_problem > 1 with sampling.temperature 0 would be the same answer again")
+        return self
 
 
 class ConvertRecipe(RecipeBase):

@@ -94,13 +94,14 @@ def score_problems(
     enable_thinking: bool,
     seed: int,
     max_turns: int,
+    samples: int = 1,
 ) -> Score:
-    """One episode of each problem, summarised."""
+    """`samples` episodes of each problem, summarised."""
     trajectories = rollout(
         engine,
         template,
         problems,
-        samples=1,
+        samples=samples,
         sampling=sampling,
         seed=seed,
         max_turns=max_turns,

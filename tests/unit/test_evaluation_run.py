@@ -15,6 +15,7 @@ from glmctl import console
 from glmctl.data.chat import ChatTemplate
 from glmctl.data.tokenizer import Tokenizer
 from glmctl.errors import RecipeError
+from glmctl.evaluation.compare import compare
 from glmctl.evaluation.harness import run_tasks
 from glmctl.evaluation.lm import GlmctlLM
 from glmctl.evaluation.run import run
@@ -81,6 +82,31 @@ def test_the_driver_scores_every_model_on_everything(folders: dict[str, str], tm
         }
         assert (opened.export / "manifest.json").is_file()
         assert run(recipe, opened) == summary, "nothing is drawn from the surroundings"
+
+
+def test_samples_of_every_problem_give_avg_and_pass_at_k_and_compare_with_themselves(
+    folders: dict[str, str], tmp_path: Path
+) -> None:
+    console.configure(quiet=True)
+    recipe = EvalRecipe(
+        name="repeated",
+        models={"small": folders["small"]},
+        problems={"sums": folders["arithmetic"]},
+        limit=2,
+        sampling=Sampling(temperature=1.0, max_tokens=4),
+        samples_per_problem=4,
+        speculative_limit=0,
+    )
+    with Run.open(recipe, tmp_path / "run") as opened:
+        summary = run(recipe, opened)
+        assert {"small/sums_avg@4", "small/sums_pass@1", "small/sums_pass@2", "small/sums_pass@4"} <= summary.keys()
+        rows = [json.loads(x) for x in (opened.export / "small" / "samples_sums.jsonl").read_text().splitlines()]
+        assert len(rows) == 8
+        assert len({row["reply"] for row in rows}) > 1, "every sample draws from its own stream"
+        same = compare(opened.export / "small", opened.export / "small")["sums"]
+        assert (same.documents, same.difference) == (2, 0.0)
+    with pytest.raises(ValueError, match="the same answer again"):
+        EvalRecipe(name="x", models={"a": "b"}, sampling=GREEDY, samples_per_problem=2)
 
 
 @pytest.mark.parametrize(
