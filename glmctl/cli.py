@@ -28,7 +28,7 @@ TABLE = {
     "rl": "Train a model by reinforcement learning on verifiable rewards.",
     "distill": "Unify experts into one hybrid model by rejection sampling.",
     "eval": "Evaluate models with lm-eval and the offline tasks.",
-    "convert": "Convert between run checkpoints and Hugging Face folders, verified.",
+    "convert": "Convert between run checkpoints, Hugging Face folders and GGUF files, verified.",
     "serve": "Serve a model behind an OpenAI-compatible API.",
     "generate": "Generate one reply on the terminal.",
     "recipe": "List, show and check recipes.",

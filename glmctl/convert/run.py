@@ -1,68 +1,80 @@
-"""`glmctl convert`: a run's checkpoint to a Hugging Face folder, or back, read again and compared before it counts."""
+"""`glmctl convert`: a model in another format, streamed, read back and compared before it counts."""
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from glmctl import console
-from glmctl.convert.source import STATE, WEIGHTS, Source, find_source, load_source, stored_dtype
+from glmctl.convert.gguf_export import write_gguf
+from glmctl.convert.source import STATE, WEIGHTS, StoredModel, check_copies, open_model
 from glmctl.convert.verify import compare
+from glmctl.convert.write import Folder, write_checkpoint, write_folder
 from glmctl.errors import DataError
-from glmctl.model.folder import copy_tokenizer, save_model
-from glmctl.model.network import GlmMoe
-from glmctl.model.tensor_file import write_tensors
 from glmctl.recipe.schema import ConvertRecipe
 from glmctl.run import atomic
 from glmctl.run.directory import Run
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "keep": None}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "keep": None}
 
 
 def run(recipe: ConvertRecipe, run: Run) -> dict[str, Any]:
-    """Convert `recipe.source` into the run's export and verify it tensor by tensor.
+    """Convert `recipe.source` into the run's export.
 
     `to: hf` writes a model folder with the source's tokenizer; `to: checkpoint` a folder with the weights under
-    their in-memory names and the shape in state.json, without optimizer state. Router biases stay fp32.
+    their in-memory names and the shape in state.json, without optimizer state; `to: gguf` a file for llama.cpp.
+    Memory stays bounded whatever the model's size. Every large file is read back and its SHA-256 compared with
+    that of the bytes meant for it; folders and checkpoints of up to `compare_bytes` are also compared with the
+    source tensor by tensor and by their logits.
 
-    Returns {kind, source, tensors, bytes, identical, max_logit_difference}. Raises DataError when the source is
-    damaged, or when what was written does not equal it.
+    Returns {kind, source, tensors, bytes, verified} and, where compared, {identical, max_logit_difference}. Raises
+    DataError when the source is damaged, or when what was written does not equal it.
     """
-    source = find_source(Path(recipe.source))
-    dtype = _DTYPES[recipe.dtype]
-    console.note(f"reading {source.path} ({'model folder' if source.kind == 'hf' else 'checkpoint'})")
-    model = load_source(source)
-    with atomic.publish(run.export) as folder:
-        if recipe.to == "hf":
-            save_model(
-                model, folder, tokenizer_folder=source.tokenizer_folder, dtype=dtype, shard_bytes=recipe.shard_bytes
-            )
-        else:
-            _write_checkpoint(model, folder, source, dtype)
-        del model
-        if source.tokenizer_folder is None:
-            console.note(f"{source.path}: no tokenizer beside it, so none is exported")
-    console.note("verifying")
-    found = compare(source.path, run.export, dtype=dtype)
-    if not found.identical:
-        raise DataError(f"{run.export}: does not equal {source.path}: {found.differences[0]}")
-    return {
+    model = open_model(Path(recipe.source))
+    where = model.source.path
+    console.note(f"reading {where} ({'model folder' if model.source.kind == 'hf' else model.source.kind})")
+    known: dict[str, str] = {}
+    with atomic.publish(run.export, known) as path:
+        folder = Folder(path)
+        try:
+            _convert(recipe, model, folder)
+            folder.check()
+        finally:
+            folder.abandon()
+        known.update(folder.digests)
+    if model.source.tokenizer_folder is None:
+        console.note(f"{where}: no tokenizer beside it, so none is exported")
+    summary: dict[str, Any] = {
         "kind": recipe.to,
-        "source": str(source.path),
-        "tensors": found.tensors,
+        "source": str(where),
+        "tensors": len(model.tensors),
+        "bytes": sum((run.export / name).stat().st_size for name in known),
+        "verified": "read back",
+    }
+    if recipe.to == "gguf" or model.nbytes > recipe.compare_bytes:
+        return summary
+    console.note("comparing")
+    found = compare(where, run.export, dtype=_DTYPES[recipe.dtype])
+    if not found.identical:
+        raise DataError(f"{run.export}: does not equal {where}: {found.differences[0]}")
+    return summary | {
         "bytes": found.bytes,
+        "verified": "tensors and logits",
         "identical": True,
         "max_logit_difference": found.max_logit_difference,
     }
 
 
-def _write_checkpoint(model: GlmMoe, folder: Path, source: Source, dtype: torch.dtype | None) -> None:
-    listed = ((name, tensor.to(stored_dtype(name, tensor, dtype))) for name, tensor in model.state_dict().items())
-    write_tensors(folder / WEIGHTS, listed)
-    state = {"step": 0, "model": model.config.model_dump(mode="json"), "mtp_copies": model.stores_mtp_copies}
-    (folder / STATE).write_text(json.dumps({"version": 1, "state": state}, indent=2) + "\n", encoding="utf-8")
-    if source.tokenizer_folder is not None:
-        copy_tokenizer(source.tokenizer_folder, folder)
+def _convert(recipe: ConvertRecipe, model: StoredModel, folder: Folder) -> None:
+    if model.source.kind == "checkpoint":
+        folder.meanwhile(partial(atomic.verify, model.source.path, only=(WEIGHTS, STATE)))
+    check_copies(model)
+    if recipe.to == "gguf":
+        write_gguf(model, folder, recipe.dtype)
+    elif recipe.to == "checkpoint":
+        write_checkpoint(model, folder, dtype=_DTYPES[recipe.dtype])
+    else:
+        write_folder(model, folder, dtype=_DTYPES[recipe.dtype], shard_bytes=recipe.shard_bytes)

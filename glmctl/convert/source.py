@@ -1,40 +1,70 @@
-"""What a conversion starts from: a model folder, a training checkpoint, or a run that has one of them."""
+"""What a conversion starts from: a model folder, a training checkpoint, a GGUF file, or a run that has one of them."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
 
+from glmctl.convert.stored import Stored, cast, concatenated, equal, from_file, section
 from glmctl.errors import DataError, RecipeError
 from glmctl.model.config import ModelConfig
-from glmctl.model.folder import load_config, load_model, open_tensors
+from glmctl.model.folder import check_tensors, load_config, open_tensors
 from glmctl.model.network import GlmMoe
 from glmctl.model.tensor_file import TensorFile
-from glmctl.model.weights import entries, memory_shapes
-from glmctl.run import atomic
+from glmctl.model.weights import Entry, entries, memory_shapes
 
 WEIGHTS = "model.safetensors"
 STATE = "state.json"
 
 _STEP = re.compile(r"^step-(\d+)$")
 
+Kind = Literal["hf", "checkpoint"]
+
 
 @dataclass(frozen=True)
 class Source:
     """A place that holds one model."""
 
-    kind: Literal["hf", "checkpoint"]
+    kind: Kind
     path: Path
     tokenizer_folder: Path | None
     """where its tokenizer lies, if anywhere"""
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model on disk: its shape, and its tensors under GLM-4.5's Hugging Face names, none of them read yet."""
+
+    source: Source
+    config: ModelConfig
+    tensors: dict[str, Stored]
+    """in file order; the MTP layer's repetitions of embedding and head only where the source stores (or means) them"""
+
+    @property
+    def copies(self) -> bool:
+        """Whether the MTP layer's repetitions are among the tensors: GLM-4.5 stores them, GLM-4.6 does not."""
+        return any(entry.copy and entry.disk in self.tensors for entry in entries(self.config))
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest among the tensors, router biases left out."""
+        found = {tensor.dtype for name, tensor in self.tensors.items() if not is_router_bias(name)}
+        result, *others = found
+        for other in others:
+            result = torch.promote_types(result, other)
+        return result
 
 
 def find_source(path: Path) -> Source:
@@ -53,27 +83,62 @@ def find_source(path: Path) -> Source:
         return Source("checkpoint", steps[max(steps)], _with_tokenizer(path / "export"))
     if path.name != "export" and (path / "export").is_dir():
         return find_source(path / "export")
+    if _pickles(path):
+        raise DataError(
+            f"{_pickles(path)[0]}: pickled weights are never opened, since opening them can run code",
+            hint="convert them to safetensors where they come from",
+        )
     raise DataError(f"{path}: neither a model folder, nor a checkpoint, nor a run with one of them")
 
 
-def load_source(source: Source) -> GlmMoe:
-    """The model, in the dtype it is stored in. DataError names what is damaged, missing or extra."""
-    if source.kind == "hf":
-        return load_model(source.path)
-    atomic.verify(source.path)
-    config, copies = read_state(source.path)
-    file = _checked(source.path / WEIGHTS, config)
-    model = GlmMoe(config, device="meta", dtype=file.slots["embed_tokens.weight"].dtype)
-    model.to_empty(device="cpu")
-    model.stores_mtp_copies = copies
-    for name, tensor in model.state_dict().items():
-        if file.slots[name].dtype != tensor.dtype:
-            raise DataError(f"{file.path}: tensor '{name}' is {file.slots[name].dtype}, expected {tensor.dtype}")
-        tensor.copy_(file.read(name))
-    return model
+def open_model(path: Path) -> StoredModel:
+    """The model at `path`, headers read, names and shapes checked against its config in both directions.
+
+    DataError names what is damaged, missing or extra.
+    """
+    source = find_source(path)
+    openers: dict[Kind, Callable[[Source], StoredModel]] = {"hf": _open_folder, "checkpoint": _open_checkpoint}
+    return openers[source.kind](source)
 
 
-def read_state(checkpoint: Path) -> tuple[ModelConfig, bool]:
+def _open_folder(source: Source) -> StoredModel:
+    config = load_config(source.path)
+    files = open_tensors(source.path)
+    wanted = check_tensors(source.path, config, files)
+    tensors = {name: from_file(files[name], name) for name in wanted if name in files}
+    for name, tensor in tensors.items():
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            raise DataError(f"{files[name].path}: tensor '{name}' is {tensor.dtype}, expected floating point")
+    return StoredModel(source, config, tensors)
+
+
+def _open_checkpoint(source: Source) -> StoredModel:
+    """A checkpoint's stacked experts are shown one by one, and the MTP layer's repetitions as their originals."""
+    config, copies = _read_state(source.path)
+    file = TensorFile(source.path / WEIGHTS)
+    shapes = memory_shapes(config)
+    for name in [*shapes, *file.slots]:
+        if name not in file.slots:
+            raise DataError(f"{file.path}: tensor '{name}' is missing")
+        if name not in shapes:
+            raise DataError(f"{file.path}: tensor '{name}' is not part of this model")
+        if file.slots[name].shape != shapes[name]:
+            found = list(file.slots[name].shape)
+            raise DataError(f"{file.path}: tensor '{name}' has shape {found}, expected {list(shapes[name])}")
+    listed = [entry for entry in entries(config) if copies or not entry.copy]
+    return StoredModel(source, config, {e.disk: _part(file, e) for e in listed})
+
+
+def _part(file: TensorFile, entry: Entry) -> Stored:
+    whole = from_file(file, entry.memory)
+    if entry.expert is None:
+        return whole
+    rows_an_expert = whole.shape[1]
+    first = entry.expert * rows_an_expert + (entry.half or 0) * (rows_an_expert // 2)
+    return section(whole, first, entry.shape)
+
+
+def _read_state(checkpoint: Path) -> tuple[ModelConfig, bool]:
     """The model's shape as a checkpoint's state.json records it, and whether its folder repeats embedding and head."""
     path = checkpoint / STATE
     try:
@@ -81,52 +146,62 @@ def read_state(checkpoint: Path) -> tuple[ModelConfig, bool]:
         config = ModelConfig.model_validate(state["model"])
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
         raise DataError(f"{path}: does not describe a model: {what}") from error
     return config, bool(state.get("mtp_copies", True))
 
 
-class StoredTensors:
-    """The tensors of a stored model under their Hugging Face names, read when asked for.
+def in_memory(model: StoredModel) -> dict[str, Stored]:
+    """The tensors under their in-memory names, experts stacked, repetitions left out (`model.weights`).
 
-    A checkpoint's stacked experts are shown one by one, and the MTP layer's repetitions as their originals.
+    A stacked tensor whose parts differ in dtype gets the widest.
     """
-
-    def __init__(self, source: Source) -> None:
-        self._files: Mapping[str, TensorFile] = {}
-        self._views: dict[str, tuple[TensorFile, Any]] = {}
-        if source.kind == "hf":
-            load_config(source.path)
-            self._files = open_tensors(source.path)
-            self.names = set(self._files)
-            return
-        config, copies = read_state(source.path)
-        file = _checked(source.path / WEIGHTS, config)
-        self._views = {e.disk: (file, e) for e in entries(config) if copies or not e.copy}
-        self.names = set(self._views)
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, mapped from its file."""
-        if name in self._files:
-            return self._files[name].read(name)
-        file, entry = self._views[name]
-        view: Tensor = entry.view(file.read(entry.memory))
-        return view
+    shapes = memory_shapes(model.config)
+    parts: dict[str, dict[tuple[int, int], Stored]] = {}
+    result: dict[str, Stored] = {}
+    for entry in entries(model.config):
+        if entry.copy:
+            continue
+        tensor = model.tensors[entry.disk]
+        if entry.expert is None:
+            result[entry.memory] = tensor
+        else:
+            parts.setdefault(entry.memory, {})[entry.expert, entry.half or 0] = tensor
+            result.setdefault(entry.memory, tensor)  # keeps the order of the file
+    for name, found in parts.items():
+        stack = [found[key] for key in sorted(found)]
+        dtype = stack[0].dtype
+        for tensor in stack:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        result[name] = concatenated([cast(tensor, dtype) for tensor in stack], shapes[name])
+    return result
 
 
-def _checked(path: Path, config: ModelConfig) -> TensorFile:
-    """The weights file of a checkpoint, if it holds exactly the tensors that `config` asks for."""
-    file = TensorFile(path)
-    shapes = memory_shapes(config)
-    for name in [*shapes, *file.slots]:
-        if name not in file.slots:
-            raise DataError(f"{path}: tensor '{name}' is missing")
-        if name not in shapes:
-            raise DataError(f"{path}: tensor '{name}' is not part of this model")
-        if file.slots[name].shape != shapes[name]:
-            raise DataError(f"{path}: tensor '{name}' has shape {file.slots[name].shape}, expected {shapes[name]}")
-    return file
+def check_copies(model: StoredModel) -> None:
+    """DataError unless the MTP layer's repetitions of embedding and head equal the originals."""
+    originals = {entry.memory: entry.disk for entry in entries(model.config) if not entry.copy}
+    for entry in entries(model.config):
+        if not entry.copy or entry.disk not in model.tensors:
+            continue
+        original = originals[entry.memory]
+        a, b = model.tensors[entry.disk], model.tensors[original]
+        if a is not b and (a.dtype != b.dtype or not equal(a, b)):
+            raise DataError(
+                f"{model.source.path}: tensor '{entry.disk}' differs from '{original}'; "
+                "the MTP layer shares embedding and head with the model"
+            )
+
+
+def load(model: StoredModel) -> GlmMoe:
+    """The network itself, in the widest dtype of its tensors. For models that fit into memory."""
+    network = GlmMoe(model.config, device="meta", dtype=model.dtype)
+    network.to_empty(device="cpu")
+    network.stores_mtp_copies = model.copies
+    stored = in_memory(model)
+    for name, tensor in network.state_dict().items():
+        tensor.copy_(stored[name].whole())
+    return network
 
 
 def is_router_bias(name: str) -> bool:
@@ -134,9 +209,11 @@ def is_router_bias(name: str) -> bool:
     return name.endswith("e_score_correction_bias")
 
 
-def stored_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+def stored_dtype(name: str, tensor: Stored, dtype: torch.dtype | None) -> torch.dtype:
     """The dtype a tensor gets when a model is saved as `dtype` (None = as it is)."""
-    return tensor.dtype if dtype is None or is_router_bias(name) else dtype
+    if is_router_bias(name):
+        return torch.float32
+    return tensor.dtype if dtype is None else dtype
 
 
 def _with_tokenizer(*folders: Path) -> Path | None:
@@ -145,3 +222,8 @@ def _with_tokenizer(*folders: Path) -> Path | None:
 
 def _entries(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _pickles(path: Path) -> list[Path]:
+    endings = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".metadata")
+    return sorted(p for p in [path, *_entries(path)] if p.is_file() and p.name.endswith(endings))

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from glmctl.convert.source import Source, StoredTensors, find_source, load_source, stored_dtype
+from glmctl.convert.source import StoredModel, load, open_model
+from glmctl.convert.stored import Stored
+from glmctl.convert.write import plain_tensors
 
 PROMPT_LENGTH = 32
 
@@ -22,8 +24,8 @@ class Comparison:
     """compared, under their Hugging Face names"""
     bytes: int = 0
     """of those tensors, as the second model stores them"""
-    max_logit_difference: float = 0.0
-    """largest absolute difference of main and MTP logits on a fixed prompt"""
+    max_logit_difference: float | None = None
+    """largest absolute difference of main and MTP logits on a fixed prompt; None when not computed"""
     differences: list[str] = field(default_factory=list)
     """one line for each tensor that is missing, extra or different"""
 
@@ -36,28 +38,27 @@ class Comparison:
 def compare(a: Path, b: Path, *, dtype: torch.dtype | None = None, logits: bool = True) -> Comparison:
     """Compare two models, each a model folder, a checkpoint or a run.
 
-    Names are compared both ways, then shape, dtype and SHA-256 of every tensor. With `dtype`, `b` is expected to be
-    `a` converted to it (router biases excepted). Raises DataError or RecipeError when one cannot be read.
+    Names are compared both ways, then shape, dtype and SHA-256 of every tensor, in bounded memory; the logits of
+    both, unless `logits` is off, with both in memory one after the other. With `dtype`, `b` is expected to be `a`
+    converted to it (router biases excepted). Raises DataError or RecipeError when one cannot be read.
     """
-    first, second = find_source(a), find_source(b)
-    left, right = StoredTensors(first), StoredTensors(second)
+    first, second = open_model(a), open_model(b)
+    left, right = plain_tensors(first, dtype), second.tensors
     result = Comparison()
-    result.differences += [f"tensor '{name}' is only in {a}" for name in sorted(left.names - right.names)]
-    result.differences += [f"tensor '{name}' is only in {b}" for name in sorted(right.names - left.names)]
-    for name in sorted(left.names & right.names):
-        original, copy = left.read(name), right.read(name)
-        expected = original.to(stored_dtype(name, original, dtype))
+    result.differences += [f"tensor '{name}' is only in {a}" for name in sorted(left.keys() - right.keys())]
+    result.differences += [f"tensor '{name}' is only in {b}" for name in sorted(right.keys() - left.keys())]
+    for name in sorted(left.keys() & right.keys()):
         result.tensors += 1
-        result.bytes += copy.nbytes
-        problem = _difference(expected, copy)
+        result.bytes += right[name].nbytes
+        problem = _difference(left[name], right[name])
         if problem:
             result.differences.append(f"tensor '{name}' {problem}")
-    if logits and not result.differences:
-        result.max_logit_difference = _logit_difference(first, second)
+    if logits and first.config == second.config:
+        result.max_logit_difference = logit_difference(first, second)
     return result
 
 
-def _difference(expected: Tensor, found: Tensor) -> str | None:
+def _difference(expected: Stored, found: Stored) -> str | None:
     if expected.shape != found.shape:
         return f"has shape {list(found.shape)}, expected {list(expected.shape)}"
     if expected.dtype != found.dtype:
@@ -67,25 +68,29 @@ def _difference(expected: Tensor, found: Tensor) -> str | None:
     return None
 
 
-def tensor_sha256(tensor: Tensor) -> str:
+def tensor_sha256(tensor: Stored) -> str:
     """SHA-256 of the tensor's bytes in row-major order; distinguishes -0.0 from 0.0 and NaNs from each other."""
-    plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(plain.numpy().data).hexdigest()
+    digest = hashlib.sha256()
+    for block in tensor.blocks():
+        if block.numel():
+            digest.update(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
-def _logit_difference(first: Source, second: Source) -> float:
-    ours, theirs = _logits(first), _logits(second)
+def logit_difference(first: StoredModel, second: StoredModel) -> float:
+    """Largest absolute difference of main and MTP logits on a fixed prompt that spreads over the vocabulary."""
+    ours, theirs = fixed_prompt_logits(first), fixed_prompt_logits(second)
     return max(float((x - y).abs().max()) for x, y in zip(ours, theirs, strict=True))
 
 
 @torch.inference_mode()
-def _logits(source: Source) -> list[Tensor]:
-    """Main and, where there is one, MTP logits of a fixed prompt that spreads over the vocabulary."""
-    model = load_source(source)
-    step = max(1, model.config.vocab_size // PROMPT_LENGTH)
-    tokens_BT = (torch.arange(PROMPT_LENGTH + 1) * step % model.config.vocab_size)[None]
-    hidden_BTD = model(tokens_BT[:, :-1])
-    result = [model.logits(hidden_BTD)]
-    if model.mtp is not None:
-        result.append(model.logits(model.mtp(hidden_BTD, tokens_BT[:, 1:])))
+def fixed_prompt_logits(model: StoredModel) -> list[Tensor]:
+    """Main and, where there is one, MTP logits [1, T, V] of the fixed prompt."""
+    network = load(model)
+    step = max(1, network.config.vocab_size // PROMPT_LENGTH)
+    tokens_BT = (torch.arange(PROMPT_LENGTH + 1) * step % network.config.vocab_size)[None]
+    hidden_BTD = network(tokens_BT[:, :-1])
+    result = [network.logits(hidden_BTD)]
+    if network.mtp is not None:
+        result.append(network.logits(network.mtp(hidden_BTD, tokens_BT[:, 1:])))
     return result

@@ -74,7 +74,7 @@ SPECIAL_TOKENS: tuple[str, ...] = (
 # added tokens, but ones that survive `skip_special_tokens`: a parser needs to see them
 VISIBLE_TOKENS = frozenset(t for t in SPECIAL_TOKENS if re.fullmatch(r"</?(think|tool_\w+|arg_\w+)>|/nothink", t))
 
-# GLM-4's pre-tokenizer; {digits} is the most digits in one piece (3 in the released one)
+# GLM-4's pre-tokenizer; the released one has 3 digits in a piece
 _PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,{digits}}}"
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -84,6 +84,11 @@ MAX_FILE_BYTES = 64 * 1024 * 1024
 _SAMPLE_BYTES = 1_000_000
 # the look-ahead keeps the search from trying 36 words at every character
 _SPECIAL_SPLIT = re.compile(r"(?=[</\[])(?:" + "|".join(re.escape(token) for token in SPECIAL_TOKENS) + ")")
+
+
+def pattern(digits: int) -> str:
+    """GLM-4's pre-tokenizer as a regular expression, with at most `digits` digits in one piece."""
+    return _PATTERN.format(digits=digits)
 
 
 def _byte_of_char() -> dict[str, int]:
@@ -168,7 +173,7 @@ class Tokenizer:
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(_PATTERN.format(digits=digits)), behavior="isolated"),
+                pre_tokenizers.Split(Regex(pattern(digits)), behavior="isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )

@@ -26,9 +26,12 @@ _FIXED = {"hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux
 """keys some releases state and this code has one answer to"""
 
 
-def load_config(folder: Path) -> ModelConfig:
-    """Read `config.json`. Raises DataError when it is absent, unreadable, or of another architecture."""
-    body = _read_json(folder / "config.json", "a model folder has a config.json")
+def load_config(folder: Path, *, quantised: bool = False) -> ModelConfig:
+    """Read `config.json`. Raises DataError when it is absent, unreadable, or of another architecture.
+
+    quantised: let a `quantization_config` pass, for a caller that can read such weights.
+    """
+    body = read_json(folder / "config.json", "a model folder has a config.json")
     path = folder / "config.json"
     if body.get("model_type") != "glm4_moe":
         raise DataError(f"{path}: model_type is {body.get('model_type')!r}, expected 'glm4_moe'")
@@ -39,8 +42,11 @@ def load_config(folder: Path) -> ModelConfig:
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
     if kind != "default":
         raise DataError(f"{path}: RoPE scaling {kind!r} is not supported")
-    if body.get("quantization_config"):
-        raise DataError(f"{path}: quantised weights are not supported")
+    if body.get("quantization_config") and not quantised:
+        raise DataError(
+            f"{path}: quantised weights are not supported here",
+            hint=f"`glmctl convert {folder} DST --dtype bfloat16` writes plain ones",
+        )
     try:
         return ModelConfig.from_hf(body)
     except ValidationError as error:
@@ -59,14 +65,7 @@ def load_model(folder: Path | str, *, device: torch.device | str = "cpu", dtype:
     folder = Path(folder)
     config = load_config(folder)
     files = open_tensors(folder)
-    wanted = {entry.disk: entry for entry in entries(config)}
-    _check_names(folder, wanted, files)
-    for name, entry in wanted.items():
-        if name in files and files[name].slots[name].shape != entry.shape:
-            raise DataError(
-                f"{files[name].path}: tensor '{name}' has shape {list(files[name].slots[name].shape)}, "
-                f"config.json asks for {list(entry.shape)}"
-            )
+    wanted = check_tensors(folder, config, files)
     if dtype is None:
         dtype = _common_dtype(wanted, files)
     model = GlmMoe(config, device="meta", dtype=dtype)
@@ -96,31 +95,62 @@ def save_model(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    named = dtype or model.dtype
-    config = model.config.to_hf(dtype=str(named).removeprefix("torch."))
-    written = [_write_json(folder / "config.json", config)]
-    generation: dict[str, Any] = {"_from_model_config": True}
-    if model.config.eos_token_id:
-        generation["eos_token_id"] = list(model.config.eos_token_id)
-    if model.config.pad_token_id is not None:
-        generation["pad_token_id"] = model.config.pad_token_id
-    written.append(_write_json(folder / "generation_config.json", generation))
+    written = write_config(model.config, folder, dtype or model.dtype)
     state = model.state_dict()
-    listed = [e for e in entries(model.config) if model.stores_mtp_copies or not e.copy]
-    shards = _split(listed, state, dtype, shard_bytes)
-    places: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(folder / name, ((e.disk, _cast(e, e.view(state[e.memory]), dtype)) for e in shard))
-        written.append(folder / name)
-        places.update((e.disk, name) for e in shard)
-    if len(shards) > 1:
-        total = sum(_nbytes(e, state[e.memory], dtype) for e in listed)
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        written.append(_write_json(folder / INDEX, index))
+    listed = {e.disk: e for e in entries(model.config) if model.stores_mtp_copies or not e.copy}
+    sizes = {name: _nbytes(e, state[e.memory], dtype) for name, e in listed.items()}
+    shards = plan_shards(sizes, shard_bytes)
+    for file_name, names in shards.items():
+        parts = (listed[name] for name in names)
+        write_tensors(folder / file_name, ((e.disk, _cast(e, e.view(state[e.memory]), dtype)) for e in parts))
+        written.append(folder / file_name)
+    written += write_index(folder, shards, sizes)
     if tokenizer_folder is not None:
         written += copy_tokenizer(tokenizer_folder, folder)
     return written
+
+
+def write_config(
+    config: ModelConfig, folder: Path, dtype: torch.dtype, extra: Mapping[str, Any] | None = None
+) -> list[Path]:
+    """Write `config.json` (with `extra` keys) and `generation_config.json`; returns their paths."""
+    body = {**config.to_hf(dtype=str(dtype).removeprefix("torch.")), **(extra or {})}
+    generation: dict[str, Any] = {"_from_model_config": True}
+    if config.eos_token_id:
+        generation["eos_token_id"] = list(config.eos_token_id)
+    if config.pad_token_id is not None:
+        generation["pad_token_id"] = config.pad_token_id
+    return [
+        _write_json(folder / "config.json", body),
+        _write_json(folder / "generation_config.json", generation),
+    ]
+
+
+def plan_shards(sizes: Mapping[str, int], shard_bytes: float) -> dict[str, list[str]]:
+    """File name -> names of its tensors, in order, each file as full as fits; one file is not numbered.
+
+    sizes: bytes by tensor. A tensor larger than `shard_bytes` gets a shard of its own.
+    """
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": shard for n, shard in enumerate(shards, 1)}
+
+
+def write_index(folder: Path, shards: Mapping[str, list[str]], sizes: Mapping[str, int]) -> list[Path]:
+    """Write the index of several shards (a single one has none); returns the files written."""
+    if len(shards) == 1:
+        return []
+    places = {name: file_name for file_name, names in shards.items() for name in names}
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+    return [_write_json(folder / INDEX, index)]
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[Path]:
@@ -141,7 +171,7 @@ def open_tensors(folder: Path) -> dict[str, TensorFile]:
             raise DataError(f"{folder}: neither {SINGLE} nor {INDEX} is there")
         only = TensorFile(folder / SINGLE)
         return dict.fromkeys(only.slots, only)
-    places = _read_json(index_path, "").get("weight_map")
+    places = read_json(index_path, "").get("weight_map")
     if not isinstance(places, dict):
         raise DataError(f"{index_path}: no weight_map")
     opened: dict[str, TensorFile] = {}
@@ -171,6 +201,19 @@ def _is_plain(name: Any) -> bool:
         and "\0" not in name
         and PurePosixPath(name).name == name
     )
+
+
+def check_tensors(folder: Path, config: ModelConfig, files: Mapping[str, TensorFile]) -> dict[str, Entry]:
+    """The entries of `config` by name, once names (both ways) and shapes of a folder's tensors agree with them."""
+    wanted = {entry.disk: entry for entry in entries(config)}
+    _check_names(folder, wanted, files)
+    for name, entry in wanted.items():
+        if name in files and files[name].slots[name].shape != entry.shape:
+            raise DataError(
+                f"{files[name].path}: tensor '{name}' has shape {list(files[name].slots[name].shape)}, "
+                f"config.json asks for {list(entry.shape)}"
+            )
+    return wanted
 
 
 def _check_names(folder: Path, wanted: Mapping[str, Entry], files: Mapping[str, TensorFile]) -> None:
@@ -205,7 +248,7 @@ def _common_dtype(wanted: Mapping[str, Entry], files: Mapping[str, TensorFile]) 
         if name not in files or entry.memory.endswith("e_score_correction_bias"):
             continue
         slot = files[name].slots[name]
-        if not slot.dtype.is_floating_point:
+        if not slot.dtype.is_floating_point or slot.dtype.itemsize < 2:
             raise DataError(f"{files[name].path}: tensor '{name}' is {slot.dtype}, expected floating point")
         result = slot.dtype if result is None else torch.promote_types(result, slot.dtype)
     assert result is not None
@@ -228,23 +271,8 @@ def _nbytes(entry: Entry, tensor: Tensor, dtype: torch.dtype | None) -> int:
     return count * _target_dtype(entry, tensor, dtype).itemsize
 
 
-def _split(
-    listed: list[Entry], state: Mapping[str, Tensor], dtype: torch.dtype | None, shard_bytes: float
-) -> list[list[Entry]]:
-    """In order, each shard as full as fits; a tensor larger than `shard_bytes` gets a shard of its own."""
-    shards: list[list[Entry]] = [[]]
-    filled = 0
-    for entry in listed:
-        size = _nbytes(entry, state[entry.memory], dtype)
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(entry)
-        filled += size
-    return shards
-
-
-def _read_json(path: Path, hint: str) -> dict[str, Any]:
+def read_json(path: Path, hint: str) -> dict[str, Any]:
+    """A JSON object from a stranger. DataError (with `hint`) when it is absent, over 16 MB or not one."""
     try:
         if path.stat().st_size > MAX_HEADER_BYTES:
             raise DataError(f"{path}: larger than {MAX_HEADER_BYTES} bytes")

@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,8 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -72,12 +75,33 @@ class TensorFile:
             raw = raw.clone()
         return raw.view(slot.dtype).view(slot.shape)
 
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the tensor flattened to [rows, last dimension], in memory of their own.
+
+        For files larger than memory: the pages of a map would count as this process's own.
+        """
+        slot = self.slots[name]
+        width = slot.shape[-1] if slot.shape else 1
+        size = (stop - start) * width * slot.dtype.itemsize
+        rows = torch.empty((stop - start, width), dtype=slot.dtype)
+        if size:
+            view = rows.view(torch.uint8).reshape(-1).numpy().data
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(slot.start + start * width * slot.dtype.itemsize)
+                filled = 0
+                while filled < size:
+                    count = file.readinto(view[filled:])
+                    if not count:
+                        raise DataError(f"{self.path}: tensor '{name}' was cut off while it was read")
+                    filled += count
+        return rows
+
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        counts = Counter(name for name, _ in pairs)
+        twice = counts.most_common(1)[0][0]
         raise ValueError(f"'{twice}' appears twice")
     return result
 
@@ -147,27 +171,32 @@ def _check_extent(path: Path, slots: dict[str, Slot], base: int, size: int) -> N
         raise DataError(f"{path}: {size - end} bytes behind the last tensor")
 
 
+def encode_header(listed: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
+    """What a safetensors file of these tensors, in this order, begins with. Names must be unique."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape in listed:
+        assert name not in header, name
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
+
+
 def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> int:
     """Write a safetensors file in the order given, one tensor's copy in memory at a time. Returns its size in bytes.
 
     The order keeps equal input equal output, byte for byte. Names must be unique.
     """
     listed = list(tensors)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in listed:
-        assert name not in header, name
-        end = offset + tensor.nbytes
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    header = encode_header((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in listed)
     with path.open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little"))
-        file.write(raw)
+        file.write(header)
         for _, tensor in listed:
             plain = tensor.detach().contiguous().cpu().reshape(-1)
             file.write(plain.view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
-    return 8 + len(raw) + offset
+    return len(header) + sum(tensor.nbytes for _, tensor in listed)

@@ -39,13 +39,22 @@ class EvalRecipe(RecipeBase):
 
 
 class ConvertRecipe(RecipeBase):
-    """Run checkpoint to Hugging Face folder or back, verified tensor by tensor."""
+    """A model in another format; what is written is read back, and small models are compared tensor by tensor."""
 
     type: Literal["convert"] = "convert"
-    source: str
-    to: Literal["hf", "checkpoint"] = "hf"
-    dtype: Literal["float32", "bfloat16", "keep"] = "keep"
+    source: str = Field(description="model folder, checkpoint or run")
+    to: Literal["hf", "checkpoint", "gguf"] = "hf"
+    dtype: Literal["keep", "float32", "bfloat16", "float16", "q8_0"] = "keep"
     shard_bytes: int = Field(5_000_000_000, gt=0)
+    compare_bytes: int = Field(
+        2_000_000_000, ge=0, description="models up to this size are also compared tensor by tensor and by logits"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> ConvertRecipe:
+        if self.dtype == "q8_0" and self.to != "gguf":
+            raise ValueError("dtype q8_0 exists in GGUF files only; set to=gguf")
+        return self
 
 
 class ServeRecipe(RecipeBase):

@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def publish(folder: Path) -> Iterator[Path]:
+def publish(folder: Path, known: Mapping[str, str] | None = None) -> Iterator[Path]:
     """Yield an empty temporary sibling of `folder`; at the end give it a manifest and the name `folder`.
 
+    known: SHA-256 of large files by name, for a body that computed them; read after the body ends.
     An existing `folder` is replaced. When the body raises, the temporary folder is removed and `folder` stays as
     it was. A kill leaves at most a temporary entry for `remove_stale`.
     """
@@ -66,16 +67,23 @@ def publish(folder: Path) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            _seal(temporary)
+            _seal(temporary, known or {})
             _replace_folder(temporary, folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
-def verify(folder: Path) -> None:
-    """Check every file against the folder's manifest. DataError names the first file that is missing or differs."""
-    for name, entry in read_manifest(folder).items():
+def verify(folder: Path, only: Collection[str] | None = None) -> None:
+    """Check every file (or `only` some) against the folder's manifest. DataError names the first that differs.
+
+    A file of `only` that the manifest does not list is an error too.
+    """
+    listed = read_manifest(folder)
+    for name in listed if only is None else only:
+        if name not in listed:
+            raise DataError(f"{folder / name}: not listed in {MANIFEST}")
+        entry = listed[name]
         path = folder / name
         if not path.is_file():
             raise DataError(f"{path}: missing, although the manifest lists it")
@@ -176,7 +184,7 @@ def _sibling(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{kind}-{secrets.token_hex(6)}")
 
 
-def _seal(folder: Path) -> None:
+def _seal(folder: Path, known: Mapping[str, str]) -> None:
     """Flush every file to the disk and write the manifest, itself flushed last."""
     entries: dict[str, dict[str, Any]] = {}
     folders = {folder}
@@ -185,7 +193,8 @@ def _seal(folder: Path) -> None:
             folders.add(path)
             continue
         _fsync_file(path)
-        entries[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+        name = path.relative_to(folder).as_posix()
+        entries[name] = {"size": path.stat().st_size, "sha256": known.get(name) or sha256_file(path)}
     entries.pop(MANIFEST, None)
     document = {"version": 1, "files": entries, "sha256": _digest(entries)}
     manifest = folder / MANIFEST

@@ -246,3 +246,18 @@ def test_the_whole_life_and_then_nothing(cli, tmp_path: Path) -> None:
     again = cli("run", "smoke", "--json", "--quiet")
     assert (again.returncode, again.stderr) == (0, "")
     assert json.loads(again.stdout) == first
+
+
+def test_convert_verify_tells_same_from_other(say, model_folder: Path) -> None:
+    assert say("convert", "model", "same")[0] == 0
+    code, out, _ = say("--json", "convert", "verify", "model", "same")
+    assert code == 0
+    assert json.loads(out)["identical"] is True
+    assert say("convert", "model", "half", "--dtype", "bfloat16")[0] == 0
+    code, out, err = say("convert", "verify", "model", "half")
+    assert code == 3
+    assert "has dtype torch.bfloat16, expected torch.float32" in out
+    assert "not the same model" in err
+    code, _, err = say("convert", "verify", "model")
+    assert code == 2
+    assert "two models" in err

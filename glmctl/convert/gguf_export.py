@@ -1,0 +1,190 @@
+"""GGUF files for llama.cpp: names, metadata and number formats of its `glm4moe` architecture (spec section 1.4)."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from glmctl.convert.gguf_vocabulary import add_vocabulary
+from glmctl.convert.source import StoredModel
+from glmctl.convert.stored import Stored, cast, concatenated, mapped
+from glmctl.convert.write import Folder
+from glmctl.errors import EnvironmentProblem
+from glmctl.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+FILE = "model.gguf"
+
+_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_experts.up_proj": "ffn_up_shexp",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp",
+    "eh_proj": "nextn.eh_proj",
+    "enorm": "nextn.enorm",
+    "hnorm": "nextn.hnorm",
+    "embed_tokens": "nextn.embed_tokens",
+    "shared_head.norm": "nextn.shared_head_norm",
+    "shared_head.head": "nextn.shared_head_head",
+}
+"""Hugging Face's name inside a layer -> GGUF's, both without `.weight` or `.bias`"""
+
+_OUTSIDE = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_NAME = re.compile(r"^model\.layers\.(\d+)\.(.+)\.(weight|bias)$")
+_EXPERT = re.compile(r"^(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
+_BIAS = re.compile(r"^model\.layers\.(\d+)\.mlp\.gate\.e_score_correction_bias$")
+
+_ALIGNMENT = 32
+_Q8_WIDTH = 32
+
+
+def gguf_name(name: str) -> str:
+    """GGUF's name of a tensor that is not one of the routed experts."""
+    if name in _OUTSIDE:
+        return _OUTSIDE[name]
+    if match := _BIAS.match(name):
+        return f"blk.{match[1]}.exp_probs_b.bias"
+    match = _NAME.match(name)
+    assert match is not None, name
+    return f"blk.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
+
+
+def write_gguf(model: StoredModel, folder: Folder, dtype: str) -> None:
+    """Write `model.gguf`: every tensor (the MTP layer as `nextn`), the tokenizer and the chat template.
+
+    dtype: float32, bfloat16, float16, q8_0, or keep (the widest that the source has). Vectors and router weights stay
+    fp32, as llama.cpp wants them; matrices whose rows are no multiple of 32 long stay fp16 in a q8_0 file. The
+    model's main layers are what llama.cpp runs by default; it keeps the `nextn` tensors for drafting.
+
+    Raises DataError when there is no tokenizer, or one whose pieces llama.cpp would cut differently, and
+    EnvironmentProblem when the `gguf` package is absent.
+    """
+    gguf = _package()
+    kind = str(model.dtype).removeprefix("torch.") if dtype == "keep" else dtype
+    tensors = {name: _encode(name, tensor, kind) for name, tensor in _stacked(model)}
+    with tempfile.TemporaryDirectory() as scratch:
+        head = Path(scratch) / "head"
+        writer = gguf.GGUFWriter(head, "glm4moe")
+        writer.add_file_type(
+            {
+                "float32": gguf.LlamaFileType.ALL_F32,
+                "float16": gguf.LlamaFileType.MOSTLY_F16,
+                "bfloat16": gguf.LlamaFileType.MOSTLY_BF16,
+                "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+            }[kind]
+        )
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        _add_shape(writer, model.config)
+        add_vocabulary(writer, model.source.tokenizer_folder, model.config.vocab_size, where=model.source.path)
+        for name, (stored, shape, form) in tensors.items():
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), stored.nbytes, gguf.GGMLQuantizationType[form])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        start = head.read_bytes()
+    with folder.file(FILE) as file:
+        file.write(start + bytes(-len(start) % _ALIGNMENT))
+        for stored, _, _ in tensors.values():
+            for block in stored.blocks():
+                file.write_tensor(block)
+            file.write(bytes(-stored.nbytes % _ALIGNMENT))
+
+
+def _package() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise EnvironmentProblem("the package 'gguf' is not installed", hint="pip install 'glmctl[gguf]'") from error
+    return gguf
+
+
+def _stacked(model: StoredModel) -> Iterator[tuple[str, Stored]]:
+    """The tensors under GGUF's names, the experts of a layer as one [E, rows, columns]."""
+    E = model.config.n_routed_experts
+    for name, tensor in model.tensors.items():
+        match = _EXPERT.match(name)
+        if match is None:
+            yield gguf_name(name), tensor
+        elif match[2] == "0":
+            layer = match[1].split(".")[2]
+            parts = [model.tensors[f"{match[1]}.{e}.{match[3]}_proj.weight"] for e in range(E)]
+            dtype = parts[0].dtype
+            for part in parts:
+                dtype = torch.promote_types(dtype, part.dtype)
+            stack = concatenated([cast(part, dtype) for part in parts], (E, *tensor.shape))
+            yield f"blk.{layer}.ffn_{match[3]}_exps.weight", stack
+
+
+def _encode(name: str, tensor: Stored, kind: str) -> tuple[Stored, tuple[int, ...], str]:
+    """(bytes to write, shape in numbers, GGML's name of the format)."""
+    if len(tensor.shape) == 1 or ".ffn_gate_inp." in name or kind == "float32":
+        return cast(tensor, torch.float32), tensor.shape, "F32"
+    if kind == "bfloat16":
+        return cast(tensor, torch.bfloat16), tensor.shape, "BF16"
+    if kind == "float16" or tensor.width % _Q8_WIDTH:
+        return cast(tensor, torch.float16), tensor.shape, "F16"
+    packed = tensor.width // _Q8_WIDTH * (_Q8_WIDTH + 2)
+    return mapped(tensor, _q8_0, torch.uint8, width=packed), tensor.shape, "Q8_0"
+
+
+def _q8_0(rows: Tensor) -> Tensor:
+    """Rows [n, width] -> [n, width / 32 * 34] bytes: of every 32 numbers an fp16 scale and 32 int8."""
+    gguf = _package()
+    packed: np.ndarray[Any, np.dtype[np.uint8]] = gguf.quants.quantize(
+        rows.float().numpy(), gguf.GGMLQuantizationType.Q8_0
+    )
+    return torch.from_numpy(packed)
+
+
+def _add_shape(writer: GGUFWriter, c: ModelConfig) -> None:
+    from gguf import ExpertGatingFuncType
+
+    writer.add_block_count(c.num_hidden_layers + c.num_nextn_predict_layers)
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
+    writer.add_rope_dimension_count(c.rotary_dim)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_leading_dense_block_count(c.first_k_dense_replace)
+    writer.add_expert_count(c.n_routed_experts)
+    writer.add_expert_used_count(c.num_experts_per_tok)
+    writer.add_expert_shared_count(c.n_shared_experts)
+    writer.add_expert_feed_forward_length(c.moe_intermediate_size)
+    writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+    writer.add_expert_weights_scale(c.routed_scaling_factor)
+    writer.add_expert_weights_norm(c.norm_topk_prob)
+    if c.n_group > 1:
+        writer.add_expert_group_count(c.n_group)
+        writer.add_expert_group_used_count(c.topk_group)
+    writer.add_nextn_predict_layers(c.num_nextn_predict_layers)

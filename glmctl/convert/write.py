@@ -1,0 +1,185 @@
+"""Writing what is streamed: files that are hashed while they are written and read back before they count."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glmctl.convert.source import STATE, WEIGHTS, StoredModel, in_memory, stored_dtype
+from glmctl.convert.stored import Stored, cast
+from glmctl.errors import EnvironmentProblem
+from glmctl.model.folder import copy_tokenizer, plan_shards, write_config, write_index
+from glmctl.model.tensor_file import encode_header
+from glmctl.run import atomic
+
+_WAITING = 4
+"""blocks between the reader and the writer"""
+
+
+class HashedWriter:
+    """Writes a file's bytes in a thread of its own, hashing them on the way: hashing costs more than writing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        self._digest = hashlib.sha256()
+        self._blocks: queue.Queue[memoryview | bytes | None] = queue.Queue(_WAITING)
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._drain, name=f"write {path.name}", daemon=True)
+        self._thread.start()
+
+    def write(self, block: memoryview | bytes) -> None:
+        """Append `block`, which must not change any more. Raises the OSError of an earlier block, if there was one."""
+        if self._error is not None:
+            raise self._error
+        self._blocks.put(block)
+
+    def write_tensor(self, rows: Tensor) -> None:
+        """Append the bytes of a tensor in memory of its own."""
+        if rows.numel():
+            self.write(rows.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def close(self) -> str:
+        """Wait until everything is on the disk; the hex SHA-256 of what was written."""
+        self._blocks.put(None)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._digest.hexdigest()
+
+    def abandon(self) -> None:
+        """End the thread without caring for the file."""
+        self._blocks.put(None)
+        self._thread.join()
+
+    def _drain(self) -> None:
+        block: memoryview | bytes | None = b""
+        try:
+            with self.path.open("wb", buffering=0) as file:
+                while (block := self._blocks.get()) is not None:
+                    self._digest.update(block)
+                    rest = memoryview(block)
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                    self.size += len(block)
+                os.fsync(file.fileno())
+        except OSError as error:
+            self._error = error
+            while block is not None:  # the writer may be waiting for room
+                block = self._blocks.get()
+
+
+class Folder:
+    """The files of one conversion's result, each hashed as it is written and read back in the background."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.digests: dict[str, str] = {}
+        """SHA-256 of the bytes meant for each large file"""
+        self._checker = ThreadPoolExecutor(1, thread_name_prefix="read back")
+        self._checks: dict[str, Future[str]] = {}
+        self._tasks: list[Future[None]] = []
+
+    def meanwhile(self, task: Callable[[], None]) -> None:
+        """Have `task` done in the background; `check` raises what it raises."""
+        self._tasks.append(self._checker.submit(task))
+
+    @contextmanager
+    def file(self, name: str) -> Iterator[HashedWriter]:
+        """A writer of one file; when the body ends, the file is on the disk and its reading back has begun."""
+        writer = HashedWriter(self.path / name)
+        try:
+            yield writer
+        except BaseException:
+            writer.abandon()
+            raise
+        self.digests[name] = writer.close()
+        self._checks[name] = self._checker.submit(atomic.sha256_file, self.path / name)
+
+    def check(self) -> None:
+        """Wait for the reading back. EnvironmentProblem when a file does not hold what was written to it."""
+        for task in self._tasks:
+            task.result()
+        for name, check in self._checks.items():
+            if check.result() != self.digests[name]:
+                raise EnvironmentProblem(f"{self.path / name}: read back other bytes than written; is the disk well?")
+        self._checker.shutdown()
+
+    def abandon(self) -> None:
+        """Stop reading back."""
+        self._checker.shutdown(cancel_futures=True)
+
+
+def write_safetensors(folder: Folder, name: str, tensors: Mapping[str, Stored]) -> None:
+    """Write one safetensors file, block by block, in the order given, unless that would misalign a tensor."""
+    listed = list(tensors.items())
+    if not _aligned(tensor for _, tensor in listed):
+        listed.sort(key=lambda item: -item[1].dtype.itemsize)
+    with folder.file(name) as file:
+        file.write(encode_header((key, tensor.dtype, tensor.shape) for key, tensor in listed))
+        for _, tensor in listed:
+            for block in tensor.blocks():
+                file.write_tensor(block)
+
+
+def _aligned(tensors: Iterable[Stored]) -> bool:
+    offset = 0
+    for tensor in tensors:
+        if offset % tensor.dtype.itemsize:
+            return False
+        offset += tensor.nbytes
+    return True
+
+
+def write_folder(
+    model: StoredModel,
+    folder: Folder,
+    *,
+    dtype: torch.dtype | None,
+    shard_bytes: float,
+    tensors: Mapping[str, Stored] | None = None,
+    config_extra: Mapping[str, Any] | None = None,
+) -> None:
+    """A Hugging Face folder of `model`: config, shards with their index, tokenizer.
+
+    tensors: other tensors than the model's own, with keys of `config_extra` that tell a reader what they are.
+    """
+    listed = plain_tensors(model, dtype) if tensors is None else tensors
+    write_config(model.config, folder.path, dtype or model.dtype, config_extra)
+    sizes = {name: tensor.nbytes for name, tensor in listed.items()}
+    shards = plan_shards(sizes, shard_bytes)
+    for file_name, names in shards.items():
+        write_safetensors(folder, file_name, {name: listed[name] for name in names})
+    write_index(folder.path, shards, sizes)
+    _bring_tokenizer(model, folder)
+
+
+def plain_tensors(model: StoredModel, dtype: torch.dtype | None) -> dict[str, Stored]:
+    """The model's tensors as `dtype` (None = as they are), router biases in fp32."""
+    return {name: cast(tensor, stored_dtype(name, tensor, dtype)) for name, tensor in model.tensors.items()}
+
+
+def write_checkpoint(model: StoredModel, folder: Folder, *, dtype: torch.dtype | None) -> None:
+    """The weights under their in-memory names and the shape in state.json, without optimizer state."""
+    listed = in_memory(StoredModel(model.source, model.config, plain_tensors(model, dtype)))
+    write_safetensors(folder, WEIGHTS, listed)
+    state = {"step": 0, "model": model.config.model_dump(mode="json"), "mtp_copies": model.copies}
+    body = json.dumps({"version": 1, "state": state}, indent=2)
+    (folder.path / STATE).write_text(body + "\n", encoding="utf-8")
+    _bring_tokenizer(model, folder)
+
+
+def _bring_tokenizer(model: StoredModel, folder: Folder) -> None:
+    if model.source.tokenizer_folder is not None:
+        copy_tokenizer(model.source.tokenizer_folder, folder.path)
