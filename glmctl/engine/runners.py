@@ -1,0 +1,66 @@
+"""Which runner an engine uses: by name, or the fastest that this machine and model allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Literal, get_args
+
+import torch
+
+from glmctl import console
+from glmctl.engine.cache import PagedCache
+from glmctl.engine.native import NativeRunner
+from glmctl.engine.runner import Runner
+from glmctl.engine.torch_runner import TorchRunner
+from glmctl.errors import EnvironmentProblem, GlmctlError, unknown
+from glmctl.kernels.cpu.library import library
+from glmctl.model.network import GlmMoe
+
+RunnerName = Literal["auto", "torch", "native", "native-bf16", "native-int8"]
+MakeRunner = Callable[[GlmMoe, PagedCache], Runner]
+
+
+def runner_named(name: RunnerName) -> MakeRunner:
+    """What makes the runner of this name for a model and its cache. RecipeError for an unknown name.
+
+    `auto` is the native one for an fp32 model on the CPU and torch's for everything else; where the native one cannot
+    be compiled it says so, once, and takes torch's. A `native` one that is asked for by name and cannot be had is an
+    EnvironmentProblem; for a model on another device it is a GlmctlError.
+    """
+    if name not in get_args(RunnerName):
+        raise unknown("runner", name, get_args(RunnerName))
+    if name == "auto":
+        return automatic
+    if name == "torch":
+        return TorchRunner
+    return partial(_native, name)
+
+
+def automatic(model: GlmMoe, cache: PagedCache) -> Runner:
+    """See `runner_named`."""
+    if model.device.type != "cpu" or model.dtype != torch.float32 or not _compiles():
+        return TorchRunner(model, cache)
+    return NativeRunner(model, cache)
+
+
+def _native(name: RunnerName, model: GlmMoe, cache: PagedCache) -> Runner:
+    if model.device.type != "cpu":
+        raise GlmctlError(f"runner: '{name}' computes on the CPU; the model is on {model.device}")
+    if cache.keys[0].dtype != torch.float32:
+        raise GlmctlError(f"runner: '{name}' keeps keys and values in fp32; load the model with dtype float32")
+    if name == "native-bf16":
+        return NativeRunner(model, cache, weights="bf16")
+    return NativeRunner(model, cache, weights="int8" if name == "native-int8" else "stored")
+
+
+@lru_cache(maxsize=1)
+def _compiles() -> bool:
+    """Whether the native step is there; says once what is used otherwise."""
+    try:
+        library()
+    except EnvironmentProblem as problem:
+        hint = f" ({problem.hint})" if problem.hint else ""
+        console.warn(f"{problem}{hint}; generating with torch, several times slower than native code")
+        return False
+    return True

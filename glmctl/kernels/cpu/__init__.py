@@ -1,0 +1,1 @@
+"""The decoder's step in C++, compiled for the machine it runs on."""

@@ -1,0 +1,190 @@
+// Weights of three formats times fp32 activations, in one reduction order whatever the format or the batch.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "vector.h"
+
+namespace glm {
+
+enum Format { FP32 = 0, BF16 = 1, INT8 = 2 };
+constexpr int GROUP = 64;  // columns that share an int8 scale
+
+// [rows, cols], row-major. An int8 weight is q * scale[row, col / GROUP].
+struct Matrix {
+  const void* data = nullptr;
+  const float* scale = nullptr;
+  int rows = 0, cols = 0;
+  Format format = FP32;
+
+  int groups() const { return (cols + GROUP - 1) / GROUP; }
+  // rows from `first` on, which is a multiple of nothing in particular
+  Matrix from(long first, int count) const {
+    static const int size[] = {4, 2, 1};
+    Matrix part = *this;
+    part.data = static_cast<const char*>(data) + first * cols * size[format];
+    if (scale) part.scale = scale + first * groups();
+    part.rows = count;
+    return part;
+  }
+};
+
+// One row of a matrix as a stream of fp32 vectors. `at(k)`: W weights from column k; `tail(k, n)`: n of them, then zeros.
+template <Format F>
+struct Row;
+
+template <>
+struct Row<FP32> {
+  const float* p;
+  Row() = default;
+  Row(const Matrix& m, int row) : p(static_cast<const float*>(m.data) + static_cast<long>(row) * m.cols) {}
+  vf at(int k) const { return load(p + k); }
+  float one(int k) const { return p[k]; }
+};
+
+template <>
+struct Row<BF16> {
+  const uint16_t* p;
+  Row() = default;
+  Row(const Matrix& m, int row) : p(static_cast<const uint16_t*>(m.data) + static_cast<long>(row) * m.cols) {}
+  vf at(int k) const { return (vf)(__builtin_convertvector(load_as<vh>(p + k), vu) << 16); }
+  float one(int k) const { return bf16_to_float(p[k]); }
+};
+
+template <>
+struct Row<INT8> {
+  const int8_t* p;
+  const float* scale;
+  Row() = default;
+  Row(const Matrix& m, int row)
+      : p(static_cast<const int8_t*>(m.data) + static_cast<long>(row) * m.cols),
+        scale(m.scale + static_cast<long>(row) * m.groups()) {}
+  vf at(int k) const {
+    return __builtin_convertvector(__builtin_convertvector(load_as<vb>(p + k), vi), vf) * scale[k / GROUP];
+  }
+  float one(int k) const { return static_cast<float>(p[k]) * scale[k / GROUP]; }
+};
+
+// R rows times T tokens, R * T == W: one accumulator a product, so the order of summation is that of every other shape.
+// out[t * R + r]
+template <Format F, int R, int T>
+static inline void tile(const Row<F> (&row)[R], const float* const* x, int cols, float* out) {
+  static_assert(R * T == W, "the accumulators of a tile are as many as a vector's lanes");
+  vf acc[W];
+  for (int i = 0; i < W; i++) acc[i] = vf{};
+  int k = 0;
+  for (; k + W <= cols; k += W) {
+    vf xs[T];
+    for (int t = 0; t < T; t++) xs[t] = load(x[t] + k);
+    for (int r = 0; r < R; r++) {
+      vf w = row[r].at(k);
+      for (int t = 0; t < T; t++) acc[t * R + r] += w * xs[t];
+    }
+  }
+  if (k < cols) {
+    vf xs[T];
+    for (int t = 0; t < T; t++) xs[t] = load_part(x[t] + k, cols - k);
+    for (int r = 0; r < R; r++) {
+      float part[W] = {};
+      for (int i = k; i < cols; i++) part[i - k] = row[r].one(i);
+      vf w = load(part);
+      for (int t = 0; t < T; t++) acc[t * R + r] += w * xs[t];
+    }
+  }
+  store(out, sum_lanes(acc));
+}
+
+constexpr int PANEL = 16;  // rows that go through the tokens together
+constexpr int BLOCK = 64;  // tokens that go through a panel together
+
+// rows [first, first + R) of m (fewer at its end) times T tokens; out[t][r] with PANEL floats a token
+template <Format F, int R, int T>
+static inline void strip(const Matrix& m, int first, const float* const* x, float* const* out) {
+  Row<F> row[R];
+  for (int r = 0; r < R; r++) row[r] = Row<F>(m, std::min(first + r, m.rows - 1));
+  float result[W];
+  tile<F, R, T>(row, x, m.cols, result);
+  for (int t = 0; t < T; t++) std::memcpy(out[t], result + t * R, sizeof(float) * R);
+}
+
+// m (at most PANEL rows) times n <= BLOCK tokens; out[token * PANEL + row]
+template <Format F>
+static void panel_of(const Matrix& m, const float* const* x, int n, float* out) {
+  constexpr int T4 = W >= 16 ? 4 : 2;
+  constexpr int R4 = W / T4;
+  // few enough rows at a time that they and T4 tokens stay in a 32 KiB cache
+  int height = m.cols <= 384 ? PANEL : m.cols <= 1024 ? 8 : 4;
+  height = std::max(height, R4);
+  int many = n - n % T4 + (n % T4 > T4 / 2 ? T4 : 0);  // tokens in whole tiles, the last one padded by repetition
+  if (m.rows <= R4 && n > 1) many = (n + T4 - 1) / T4 * T4;
+  for (int top = 0; top < m.rows && many; top += height)
+    for (int t = 0; t < many; t += T4) {
+      const float* xs[T4];
+      float spare[PANEL];
+      float* to[T4];
+      for (int i = 0; i < T4; i++) {
+        xs[i] = x[std::min(t + i, n - 1)];
+        to[i] = t + i < n ? out + static_cast<long>(t + i) * PANEL : nullptr;
+      }
+      for (int r = top; r < std::min(top + height, m.rows); r += R4) {
+        float* at[T4];
+        for (int i = 0; i < T4; i++) at[i] = to[i] ? to[i] + r : spare;
+        strip<F, R4, T4>(m, r, xs, at);
+      }
+    }
+  for (int t = many; t < n;) {
+    int pair = W >= 16 && n - t >= 2 ? 2 : 1;
+    for (int r = 0; r < m.rows; r += W / pair) {
+      float* at[2] = {out + static_cast<long>(t) * PANEL + r, out + static_cast<long>(t + pair - 1) * PANEL + r};
+      if (pair == 2)
+        strip<F, W / 2, 2>(m, r, x + t, at);
+      else
+        strip<F, W, 1>(m, r, x + t, at);
+    }
+    t += pair;
+  }
+}
+
+template <Format F>
+static void widen_rows(const Matrix& m, float* to) {
+  for (int r = 0; r < m.rows; r++) {
+    Row<F> row(m, r);
+    float* out = to + static_cast<long>(r) * m.cols;
+    int k = 0;
+    for (; k + W <= m.cols; k += W) store(out + k, row.at(k));
+    for (; k < m.cols; k++) out[k] = row.one(k);
+  }
+}
+
+constexpr int WIDEN_FROM = 12;  // tokens from which narrow weights are widened once rather than in every tile
+
+// m (at most PANEL rows) times n <= BLOCK tokens; out[token * PANEL + row]. `wide` holds PANEL * cols floats; when
+// `widened`, it already holds this panel.
+static void panel(const Matrix& m, const float* const* x, int n, float* out, float* wide, bool widened) {
+  if (m.format == FP32) return panel_of<FP32>(m, x, n, out);
+  if (n < WIDEN_FROM && !widened) return m.format == BF16 ? panel_of<BF16>(m, x, n, out) : panel_of<INT8>(m, x, n, out);
+  if (!widened) m.format == BF16 ? widen_rows<BF16>(m, wide) : widen_rows<INT8>(m, wide);
+  Matrix as_fp32 = m;
+  as_fp32.format = FP32;
+  as_fp32.data = wide;
+  panel_of<FP32>(as_fp32, x, n, out);
+}
+
+// x * weight / sqrt(mean(x^2) + eps)
+static void rms_norm(const float* x, const float* weight, float* out, int width, float eps) {
+  vf squares{};
+  int k = 0;
+  for (; k + W <= width; k += W) {
+    vf v = load(x + k);
+    squares += v * v;
+  }
+  if (k < width) {
+    vf v = load_part(x + k, width - k);
+    squares += v * v;
+  }
+  float scale = 1.f / std::sqrt(sum(squares) / static_cast<float>(width) + eps);
+  for (int i = 0; i < width; i++) out[i] = x[i] * scale * weight[i];
+}
+
+}  // namespace glm

@@ -1,0 +1,469 @@
+// One step of a GLM-4.5-style decoder on a CPU: every row of a ragged batch through all layers, in one call.
+//
+// Rows of a step are what continuous batching brings: one newest token of a sequence, a token with its drafts, or a
+// piece of a prompt. Weights are read once a step whatever the number of rows. A row's result is a fixed sequence of
+// operations on its own values and its own cache: it is the same, bit by bit, in every batch and with any number of
+// threads.
+
+#include <cmath>
+
+#include "attention.h"
+#include "model.h"
+
+namespace glm {
+
+// Some rows of weights for some tokens: y = W x, or y = silu(gate x) * (up x) when `up` is there.
+struct Job {
+  Matrix weight, up;
+  const float* bias;
+  const float* x;
+  long x_width;
+  const int* tokens;  // rows of x; null: 0..count-1
+  int count;
+  float* y;  // rows 0..count-1
+  long y_width;
+  long first_item;
+};
+
+constexpr int JOB_ROWS = 32;  // rows of weights that one item computes
+
+class Model {
+ public:
+  Model(const Config& config, int threads) : c(config), threads_(threads), layers_(config.layers + config.mtp) {}
+
+  void set(int layer, int slot, const Matrix& matrix) {
+    if (layer < 0)
+      whole_[slot] = matrix;
+    else
+      layers_[layer].slot[slot] = matrix;
+  }
+
+  int64_t vocab() const { return c.vocab; }
+
+  void step(const Batch& batch) {
+    if (!pool_ || !pool_->usable()) {
+      if (pool_) pool_.release();  // its threads stayed in the parent process
+      pool_.reset(new Pool(threads_));
+    }
+    b = batch;
+    const long N = b.rows;
+    runs_ = runs_of(b);
+    x_.fit(N * c.hidden);
+    normed_.fit(N * 2 * c.hidden);
+    qkv_.fit(N * qkv_width());
+    mixed_.fit(N * c.heads * c.head_dim);
+    cos_sin_.fit(N * c.rotary);
+    wide_.resize(pool_->threads());
+    pool_->run([this](int t) { b.hidden_in ? draft(t) : decode(t); });
+  }
+
+ private:
+  long qkv_width() const { return (c.heads + 2 * c.kv_heads) * c.head_dim; }
+  const float* whole(Whole slot) const { return static_cast<const float*>(whole_[slot].data); }
+
+  void decode(int t) {
+    pool_->phase(t, [this] { return b.rows; }, [this](int n) {
+      embed(n, x_.data() + n * c.hidden);
+      angles(n);
+    });
+    for (int l = 0; l < c.layers; l++) layer(t, l, l >= c.dense_layers);
+    finish(t, whole(FINAL_NORM));
+  }
+
+  // The MTP layer: eh_proj [enorm(embedding), hnorm(hidden)], a MoE layer, its own norm, the model's head.
+  void draft(int t) {
+    const Layer& own = layers_[c.layers];
+    pool_->phase(t, [this] { return b.rows; }, [&](int n) {
+      float* pair = normed_.data() + n * 2 * c.hidden;
+      embed(n, pair);
+      rms_norm(pair, own.vector(ENORM), pair, c.hidden, c.eps);
+      rms_norm(b.hidden_in + n * c.hidden, own.vector(HNORM), pair + c.hidden, c.hidden, c.eps);
+      angles(n);
+    });
+    multiply(t, [&] {
+      add_job(own.slot[EH], {}, nullptr, normed_.data(), 2 * c.hidden, nullptr, b.rows, x_.data(), c.hidden);
+    });
+    layer(t, c.layers, true);
+    finish(t, whole(MTP_NORM));
+  }
+
+  void embed(int n, float* out) const {
+    const Matrix& table = whole_[EMBEDDING];
+    Matrix row = table.from(b.token[n], 1);
+    if (table.format == FP32)
+      std::memcpy(out, row.data, sizeof(float) * c.hidden);
+    else
+      widen_rows<BF16>(row, out);
+  }
+
+  void angles(int n) {
+    long half = c.rotary / 2;
+    float* to = cos_sin_.data() + n * c.rotary;
+    for (long i = 0; i < half; i++) {
+      float angle = static_cast<float>(b.position[n]) * whole(INVERSE_FREQUENCIES)[i];
+      to[i] = std::cos(angle);
+      to[i + half] = std::sin(angle);
+    }
+  }
+
+  void layer(int t, int l, bool moe) {
+    const Layer& own = layers_[l];
+    normalise(t, own.vector(INPUT_NORM));
+    multiply(t, [&] {
+      long width = qkv_width(), q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
+      auto add = [&](Slot weight, Slot bias, long offset) {
+        add_job(own.slot[weight], {}, own.vector(bias), normed_.data(), c.hidden, nullptr, b.rows, qkv_.data() + offset,
+                width);
+      };
+      add(Q, Q_BIAS, 0);
+      add(K, K_BIAS, q);
+      add(V, V_BIAS, q + kv);
+    });
+    pool_->phase(t, [this] { return b.rows; }, [&](int n) {
+      prepare_heads(c, own, b, n, qkv_.data() + n * qkv_width(), cos_sin_.data() + n * c.rotary, b.keys[l], b.values[l]);
+    });
+    pool_->phase(t, [this] { return static_cast<long>(runs_.size() * c.kv_heads); }, [&](int unit) {
+      const Run& run = runs_[unit / c.kv_heads];
+      attend(c, b, run, unit % c.kv_heads, qkv_.data(), qkv_width(), b.keys[l], b.values[l], mixed_.data());
+    });
+    accumulate(t, c.heads * c.head_dim, own.slot[O], mixed_.data(), {});
+    normalise(t, own.vector(POST_NORM));
+    if (moe)
+      mixture(t, own);
+    else
+      dense(t, own);
+  }
+
+  void normalise(int t, const float* weight) {
+    pool_->phase(t, [this] { return b.rows; }, [&](int n) {
+      rms_norm(x_.data() + n * c.hidden, weight, normed_.data() + n * c.hidden, c.hidden, c.eps);
+    });
+  }
+
+  void dense(int t, const Layer& own) {
+    multiply(t, [&] {
+      float* inner = inner_.fit(b.rows * c.dense_width);
+      add_job(own.slot[GATE], own.slot[UP], nullptr, normed_.data(), c.hidden, nullptr, b.rows, inner, c.dense_width);
+    });
+    accumulate(t, c.dense_width, own.slot[DOWN], inner_.data(), {});
+  }
+
+  void mixture(int t, const Layer& own) {
+    multiply(t, [&] {
+      add_job(own.slot[ROUTER], {}, nullptr, normed_.data(), c.hidden, nullptr, b.rows,
+              scores_.fit(b.rows * c.experts), c.experts);
+      if (c.shared_width)
+        add_job(own.slot[GATE], own.slot[UP], nullptr, normed_.data(), c.hidden, nullptr, b.rows,
+                inner_.fit(b.rows * c.shared_width), c.shared_width);
+      chosen_.fit(b.rows * c.top_k);
+      chosen_weight_.fit(b.rows * c.top_k);
+    });
+    pool_->phase(t, [this] { return b.rows; }, [&](int n) { choose(n, own.vector(ROUTER_BIAS)); });
+    multiply(t, [&] {
+      sort_by_expert();
+      routed_.fit(b.rows * c.top_k * c.expert_width);
+      for (const Group& g : groups_)
+        add_job(own.slot[EXPERTS_GATE_UP].from(g.expert * 2 * c.expert_width, c.expert_width),
+                own.slot[EXPERTS_GATE_UP].from((g.expert * 2 + 1) * c.expert_width, c.expert_width), nullptr,
+                normed_.data(), c.hidden, sorted_token_.data() + g.first, g.count,
+                routed_.data() + g.first * c.expert_width, c.expert_width);
+    });
+    accumulate(t, c.shared_width, own.slot[DOWN], inner_.data(), own.slot[EXPERTS_DOWN]);
+  }
+
+  // Experts of row n and their weights, best first (spec section 1.3); a tie goes to the lower index.
+  void choose(int n, const float* bias) {
+    thread_local std::vector<float> choice, group_score;
+    choice.resize(c.experts);
+    float* score = scores_.data() + n * c.experts;
+    for (int e = 0; e < c.experts; e++) {
+      score[e] = 1.f / (1.f + std::exp(-score[e]));
+      choice[e] = score[e] + bias[e];
+    }
+    const float out = -INFINITY;
+    if (c.groups_kept < c.groups) {
+      int size = c.experts / c.groups;
+      group_score.assign(c.groups, 0.f);
+      for (int g = 0; g < c.groups; g++) {
+        float first = out, second = out;
+        for (int e = g * size; e < (g + 1) * size; e++) {
+          if (choice[e] > first) {
+            second = first;
+            first = choice[e];
+          } else if (choice[e] > second) {
+            second = choice[e];
+          }
+        }
+        group_score[g] = size > 1 ? first + second : first;
+      }
+      for (int dropped = c.groups_kept; dropped < c.groups; dropped++) {
+        int worst = -1;
+        for (int g = 0; g < c.groups; g++)
+          if (!std::isinf(group_score[g]) && (worst < 0 || group_score[g] <= group_score[worst])) worst = g;
+        if (worst < 0) break;
+        group_score[worst] = INFINITY;  // never the worst again
+        std::fill_n(choice.begin() + worst * size, size, out);
+      }
+    }
+    int64_t* chosen = chosen_.data() + n * c.top_k;
+    float* weight = chosen_weight_.data() + n * c.top_k;
+    float total = 0.f;
+    for (int k = 0; k < c.top_k; k++) {
+      int best = -1;
+      for (int e = 0; e < c.experts; e++) {
+        bool taken = std::find(chosen, chosen + k, e) != chosen + k;
+        if (!taken && (best < 0 || choice[e] > choice[best])) best = e;
+      }
+      chosen[k] = best;
+      weight[k] = score[best];
+      total += score[best];
+    }
+    for (int k = 0; k < c.top_k; k++) {
+      if (c.normalize) weight[k] /= total + 1e-20f;
+      weight[k] *= static_cast<float>(c.scale);
+    }
+  }
+
+  // Rows gathered by expert: each expert's weights are read once, for all of its rows.
+  void sort_by_expert() {
+    std::vector<int> place(c.experts + 1, 0);
+    long S = static_cast<long>(b.rows) * c.top_k;
+    for (long s = 0; s < S; s++) place[chosen_.data()[s] + 1]++;
+    groups_.clear();
+    for (int e = 0; e < c.experts; e++) {
+      if (place[e + 1]) groups_.push_back({e, place[e], place[e + 1]});
+      place[e + 1] += place[e];
+    }
+    sorted_token_.fit(S);
+    sorted_weight_.fit(S);
+    for (long s = 0; s < S; s++) {
+      int to = place[chosen_.data()[s]]++;
+      sorted_token_.data()[to] = static_cast<int>(s / c.top_k);
+      sorted_weight_.data()[to] = chosen_weight_.data()[s];
+    }
+  }
+
+  // hidden states after the norm, of all rows, and logits of those wanted
+  void finish(int t, const float* norm) {
+    pool_->phase(t, [this] { return b.rows; }, [&](int n) {
+      rms_norm(x_.data() + n * c.hidden, norm, b.hidden_out + n * c.hidden, c.hidden, c.eps);
+    });
+    if (!b.wanted) return;
+    multiply(t, [&] {
+      int* rows = wanted_.fit(b.wanted);
+      for (int r = 0; r < b.wanted; r++) rows[r] = static_cast<int>(b.wanted_rows[r]);
+      add_job(whole_[HEAD], {}, nullptr, b.hidden_out, c.hidden, rows, b.wanted, b.logits, c.vocab);
+    });
+  }
+
+  void add_job(const Matrix& weight, const Matrix& up, const float* bias, const float* x, long x_width,
+               const int* tokens, int count, float* y, long y_width) {
+    jobs_.push_back({weight, up, bias, x, x_width, tokens, count, y, y_width, items_});
+    items_ += (weight.rows + JOB_ROWS - 1) / JOB_ROWS;
+  }
+
+  // `add` says which products, by add_job; their rows of weights are shared among the threads
+  template <class Add>
+  void multiply(int t, Add add) {
+    pool_->phase(t, [&] {
+      jobs_.clear();
+      items_ = 0;
+      add();
+      return items_;
+    }, [&](int item) {
+      auto next = std::upper_bound(jobs_.begin(), jobs_.end(), item, [](long i, const Job& j) { return i < j.first_item; });
+      do_item(t, *(next - 1), static_cast<int>(item - (next - 1)->first_item) * JOB_ROWS);
+    });
+  }
+
+  void do_item(int t, const Job& job, int top) {
+    const int end = std::min(top + JOB_ROWS, job.weight.rows);
+    const bool pair = job.up.data;
+    float* wide = wide_[t].fit(2 * PANEL * job.weight.cols);
+    float first[BLOCK * PANEL], second[BLOCK * PANEL];
+    const float* x[BLOCK];
+    for (int row = top; row < end; row += PANEL) {
+      int height = std::min(PANEL, end - row);
+      Matrix a = job.weight.from(row, height), u = pair ? job.up.from(row, height) : Matrix{};
+      for (int from = 0; from < job.count; from += BLOCK) {
+        int n = std::min(BLOCK, job.count - from);
+        for (int i = 0; i < n; i++) x[i] = job.x + (job.tokens ? job.tokens[from + i] : from + i) * job.x_width;
+        panel(a, x, n, first, wide, from > 0);
+        if (pair) panel(u, x, n, second, wide + PANEL * job.weight.cols, from > 0);
+        for (int i = 0; i < n; i++) {
+          float* y = job.y + (from + i) * job.y_width + row;
+          const float* made = first + i * PANEL;
+          if (pair)
+            swiglu(made, second + i * PANEL, y, height);
+          else
+            for (int r = 0; r < height; r++) y[r] = job.bias ? made[r] + job.bias[row + r] : made[r];
+        }
+      }
+    }
+  }
+
+  // x += plain product of all rows + weighted products of the experts' rows, a few of x's columns at a time, so that
+  // each column is summed by one thread: the plain product first, then the experts in the order of their number.
+  void accumulate(int t, long plain_width, const Matrix& plain, const float* plain_x, const Matrix& experts) {
+    pool_->phase(t, [&] { return (c.hidden + PANEL - 1) / PANEL; }, [&](int item) {
+      const int row = item * PANEL;
+      const int height = std::min<int>(PANEL, static_cast<int>(c.hidden) - row);
+      float* sums = clear_sums();
+      if (plain_width)
+        add_product(t, plain.from(row, height), plain_x, plain_width, nullptr, nullptr, b.rows, sums);
+      if (experts.data)
+        for (const Group& g : groups_)
+          add_product(t, experts.from(g.expert * c.hidden + row, height), routed_.data() + g.first * c.expert_width,
+                      c.expert_width, sorted_token_.data() + g.first, sorted_weight_.data() + g.first, g.count, sums);
+      for (int n = 0; n < b.rows; n++)
+        for (int r = 0; r < height; r++) x_.data()[n * c.hidden + row + r] += sums[n * PANEL + r];
+    });
+  }
+
+  // sums[token] += weight * (m x), or = m x where there are no weights
+  void add_product(int t, const Matrix& m, const float* inputs, long width, const int* tokens, const float* weights,
+                   int count, float* sums) {
+    float* wide = wide_[t].fit(2 * PANEL * m.cols);
+    float made[BLOCK * PANEL];
+    const float* x[BLOCK];
+    for (int from = 0; from < count; from += BLOCK) {
+      int n = std::min(BLOCK, count - from);
+      for (int i = 0; i < n; i++) x[i] = inputs + (from + i) * width;
+      panel(m, x, n, made, wide, from > 0);
+      for (int i = 0; i < n; i++) {
+        float* to = sums + static_cast<long>(tokens ? tokens[from + i] : from + i) * PANEL;
+        float factor = weights ? weights[from + i] : 1.f;
+        for (int r = 0; r < m.rows; r++) to[r] += factor * made[i * PANEL + r];
+      }
+    }
+  }
+
+  float* clear_sums() {
+    thread_local std::vector<float> sums;
+    sums.assign(static_cast<size_t>(b.rows) * PANEL, 0.f);
+    return sums.data();
+  }
+
+  struct Group {
+    long expert;
+    int first, count;
+  };
+
+  const Config c;
+  const int threads_;
+  std::vector<Layer> layers_;
+  std::array<Matrix, WHOLE_SLOTS> whole_;
+  std::unique_ptr<Pool> pool_;
+
+  Batch b{};
+  std::vector<Run> runs_;
+  std::vector<Job> jobs_;
+  long items_ = 0;
+  std::vector<Group> groups_;
+  std::vector<Room<float>> wide_;
+  Room<float> x_, normed_, qkv_, mixed_, cos_sin_, inner_, routed_, scores_, chosen_weight_, sorted_weight_;
+  Room<int64_t> chosen_;
+  Room<int> sorted_token_, wanted_;
+};
+
+// bf16 with round to nearest even; NaN stays NaN
+static uint16_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (std::isnan(x)) return static_cast<uint16_t>((bits >> 16) | 64);
+  return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+static void pack_row_int8(const float* row, int cols, int8_t* q, float* scale) {
+  for (int k = 0; k < cols; k += GROUP) {
+    int end = std::min(k + GROUP, cols);
+    float largest = 0.f;
+    for (int i = k; i < end; i++) {
+      float size = std::fabs(row[i]);
+      largest = size > largest || std::isnan(size) ? size : largest;
+    }
+    // a damaged weight must show in the logits: NaN and infinity go into the scale
+    bool finite = std::isfinite(largest);
+    float step = finite ? largest / 127.f : NAN;
+    float inverse = finite && step > 0.f ? 1.f / step : 0.f;
+    scale[k / GROUP] = step;
+    for (int i = k; i < end; i++) {
+      float level = finite ? std::nearbyint(row[i] * inverse) : 1.f;
+      q[i] = static_cast<int8_t>(std::min(127.f, std::max(-127.f, level)));
+    }
+  }
+}
+
+}  // namespace glm
+
+// The C ABI. Pointers stay the caller's and must outlive their use; nothing throws but for lack of memory.
+extern "C" {
+
+int glm_lanes() { return glm::W; }
+
+glm::Model* glm_create(const int64_t* sizes, const double* reals, int threads) {
+  glm::Config config;
+  std::memcpy(&config, sizes, sizeof(int64_t) * 17);
+  config.eps = reals[0];
+  config.scale = reals[1];
+  return new glm::Model(config, threads);
+}
+
+void glm_destroy(glm::Model* model) { delete model; }
+
+// layer -1: the whole model's slots
+void glm_set(glm::Model* model, int layer, int slot, const void* data, const float* scale, int rows, int cols,
+             int format) {
+  model->set(layer, slot, glm::Matrix{data, scale, rows, cols, static_cast<glm::Format>(format)});
+}
+
+// token, position, sequence [rows] and wanted_rows [wanted] int64; table [sequences, max_blocks] int32; keys, values:
+// one pointer a layer to [blocks, kv heads, block size, head dim] fp32. logits [wanted, vocab], hidden_out [rows, hidden].
+// With hidden_in [rows, hidden] it is the MTP layer's step, whose place 0 is never written and never read. Returns 0, or 1 + the first row that points outside.
+int glm_step(glm::Model* model, int rows, const int64_t* token, const int64_t* position, const int64_t* sequence,
+             const int32_t* table, int sequences, int max_blocks, int blocks, int block_size, float* const* keys,
+             float* const* values, int wanted, const int64_t* wanted_rows, const float* hidden_in, float* logits,
+             float* hidden_out) {
+  glm::Batch batch{rows, wanted, block_size, max_blocks, hidden_in ? 1 : 0, token, position, sequence, table, keys, values,
+                   wanted_rows, hidden_in, logits, hidden_out};
+  for (int n = 0; n < rows; n++) {
+    bool inside = token[n] >= 0 && token[n] < model->vocab() && sequence[n] >= 0 && sequence[n] < sequences &&
+                  position[n] >= batch.first_place && position[n] < static_cast<int64_t>(max_blocks) * block_size;
+    for (int64_t j = 0; inside && j <= position[n] / block_size; j++) {
+      int32_t block = table[sequence[n] * max_blocks + j];
+      inside = block >= 0 && block < blocks;
+    }
+    if (!inside) return n + 1;
+  }
+  for (int r = 0; r < wanted; r++)
+    if (wanted_rows[r] < 0 || wanted_rows[r] >= rows) return rows + 1;
+  if (rows) model->step(batch);
+  return 0;
+}
+
+// fp32 or bf16 weights [rows, cols] into another format, by row
+void glm_pack(const void* source, int source_format, long rows, int cols, int format, void* data, float* scale,
+              int threads) {
+  using namespace glm;
+  Pool pool(threads);
+  auto pack = [&](long from, long to) {
+    std::vector<float> wide(cols);
+    for (long r = from; r < to; r++) {
+      Matrix row = Matrix{source, nullptr, 1, cols, static_cast<Format>(source_format)}.from(r, 1);
+      source_format == FP32 ? widen_rows<FP32>(row, wide.data()) : widen_rows<BF16>(row, wide.data());
+      if (format == INT8) {
+        long groups = (cols + GROUP - 1) / GROUP;
+        pack_row_int8(wide.data(), cols, static_cast<int8_t*>(data) + r * cols, scale + r * groups);
+      } else {
+        for (int k = 0; k < cols; k++) static_cast<uint16_t*>(data)[r * cols + k] = to_bf16(wide[k]);
+      }
+    }
+  };
+  constexpr long CHUNK = 64;
+  pool.run([&](int t) {
+    pool.phase(t, [&] { return (rows + CHUNK - 1) / CHUNK; },
+               [&](int item) { pack(item * CHUNK, std::min(rows, (item + 1) * CHUNK)); });
+  });
+}
+
+}  // extern "C"
