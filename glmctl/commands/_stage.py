@@ -23,6 +23,7 @@ DRIVERS = {
     "tokenizer": "glmctl.data.tokenizer:run",
     "data": "glmctl.data.prepare:run",
     "problems": "glmctl.rl.problems:run",
+    "reasoning": "glmctl.data.reasoning:run",
     "pretrain": "glmctl.training.pretrain:run",
     "sft": "glmctl.training.sft:run",
     "rl": "glmctl.rl.grpo:run",
@@ -42,6 +43,7 @@ NEXT = {
     "eval": "glmctl serve {model}",
     "tokenizer": "glmctl data prepare RECIPE --set tokenizer={run}",
     "data": "glmctl pretrain RECIPE --set stages.0.data={run}",
+    "reasoning": "glmctl sft RECIPE --set 'data=[{run}/export/conversations.jsonl]'",
     "problems": "glmctl sft RECIPE --set 'data=[{run}/export/cold_start.jsonl]'",
 }
 """recipe type -> what one would type after it"""

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 
+from glmctl import console
 from glmctl.cli import CommandGroup
 from glmctl.commands import _stage as stage
+from glmctl.errors import RecipeError
+
+if TYPE_CHECKING:
+    from glmctl.data.token_view import Row
+    from glmctl.data.tokenizer import Tokenizer
+    from glmctl.recipe.schema import DataRecipe
 
 app = typer.Typer(cls=CommandGroup, help="Prepare text: a tokenizer, token shards, verifiable problems.", **stage.PLAIN)
+
+
+class Split(StrEnum):
+    """Parts of a prepared data set."""
+
+    train = "train"
+    validation = "validation"
+
+
+class Packing(StrEnum):
+    """How documents are laid into rows."""
+
+    concat = "concat"
+    best_fit = "best_fit"
 
 
 @app.command()
@@ -17,9 +45,72 @@ def prepare(
     run: stage.RunOption = None,
     fresh: stage.FreshOption = False,
     dry_run: stage.DryRunOption = False,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", metavar="N", min=1, help="Processes; default one a core. The shards do not differ."),
+    ] = None,
 ) -> None:
-    """Turn text, JSON lines and source trees into token shards with a manifest."""
+    """Turn text, rows and source trees into token shards: filtered, deduplicated, up-sampled, with a manifest."""
+    if workers is not None:
+        os.environ["GLMCTL_WORKERS"] = str(workers)
     stage.run_stage("data", recipe, overrides, run, fresh=fresh, dry_run=dry_run)
+
+
+@app.command()
+def inspect(
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="A finished data run, or a .jsonl of conversations.", show_default=False),
+    ],
+    find: Annotated[
+        str | None, typer.Option("--find", metavar="TEXT", help="Show the way of documents with this in path or text.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Most documents that --find shows.")] = 5,
+    row: Annotated[int, typer.Option("--row", min=0, help="The row (or conversation) whose tokens are shown.")] = 0,
+    split: Annotated[Split, typer.Option("--split", help="The split that the row is from.")] = Split.train,
+    length: Annotated[int, typer.Option("--length", min=2, help="Tokens in a row.")] = 512,
+    packing: Annotated[Packing, typer.Option("--packing", help="How rows are packed.")] = Packing.concat,
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", metavar="DIR", help="For conversations: the tokenizer to use.")
+    ] = None,
+) -> None:
+    """Show why a document was kept or dropped (--find), or a row of tokens with its loss mask and borders."""
+    if find is not None:
+        _show_ways(target, find, limit)
+        return
+    from glmctl.data import token_view
+
+    if target.is_file():
+        if tokenizer is None:
+            raise RecipeError(f"{target}: conversations need --tokenizer")
+        _show_row(*token_view.row_of_conversations(target, row, tokenizer))
+    else:
+        packed = token_view.PACKINGS[packing.value]
+        _show_row(*token_view.row_of_shards(_recipe(target), target, row, split.value, length, packed))
+
+
+@app.command()
+def stats(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished data run.", show_default=False)],
+) -> None:
+    """Tokens by domain, lengths of documents, duplicates, and why documents were left out."""
+    from glmctl.data import stats as figures
+
+    found = figures.summary(figures.read(run))
+    figures.show(found)
+    console.result(found, text="")
+
+
+@app.command()
+def reason(
+    recipe: stage.RecipeArgument,
+    overrides: stage.SetOption = None,
+    run: stage.RunOption = None,
+    fresh: stage.FreshOption = False,
+    dry_run: stage.DryRunOption = False,
+) -> None:
+    """Mine questions from text and keep a teacher's reasoning where it ends in the right answer."""
+    stage.run_stage("reasoning", recipe, overrides, run, fresh=fresh, dry_run=dry_run)
 
 
 @app.command()
@@ -44,3 +135,38 @@ def problems(
 ) -> None:
     """Generate verifiable problems: training, held-out, and demonstrations for the cold start."""
     stage.run_stage("problems", recipe, overrides, run, fresh=fresh, dry_run=dry_run)
+
+
+def _show_ways(run: Path, text: str, limit: int) -> None:
+    from glmctl.data.way import Ways, render
+
+    found = list(Ways(_recipe(run), run / "export").find(text, limit))
+    body = {"documents": [asdict(way) for way in found]}
+    console.result(body, text=render(found) or f"no document has '{text}' in its path or text")
+
+
+def _recipe(run: Path) -> DataRecipe:
+    """The recipe of a data run."""
+    from glmctl.recipe.load import load
+
+    file = run / "recipe.yaml"
+    if not file.is_file():
+        raise RecipeError(
+            f"{run}: not a data run (no recipe.yaml)", hint="name the run that `glmctl data prepare` made"
+        )
+    recipe = load(str(file), expect="data")
+    assert recipe.type == "data", "load has checked the type"
+    return recipe
+
+
+def _show_row(row: Row, tokenizer: Tokenizer) -> None:
+    from glmctl.data import token_view
+
+    if console.is_json():
+        console.result(asdict(row))
+    elif sys.stdout.isatty():
+        from rich.console import Console
+
+        Console(highlight=False).print(token_view.coloured(row, tokenizer), soft_wrap=True)
+    else:
+        console.out(token_view.plain(row, tokenizer))

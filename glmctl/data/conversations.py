@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from glmctl.data.chat import text_of
-from glmctl.data.reading import numbered_lines, open_maybe_gzip
+from glmctl.data.reading import numbered_lines, open_maybe_packed
 from glmctl.errors import DataError, RecipeError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -46,7 +46,7 @@ def read_conversations(paths: Sequence[str | Path]) -> list[Conversation]:
 def _read(path: Path) -> Iterator[Conversation]:
     if not path.is_file():
         raise RecipeError(f"{path}: no such file")
-    with open_maybe_gzip(path) as stream:
+    with open_maybe_packed(path) as stream:
         for number, line in numbered_lines(stream):
             if line is not None and not line.strip():
                 continue

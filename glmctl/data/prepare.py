@@ -1,154 +1,264 @@
-"""Text to token shards: read, split off validation, fill-in-the-middle, encode, write."""
+"""`glmctl data prepare`: sources to token shards, in three passes over work units and one decision between them.
+
+scan    read a unit, apply the stages that look at one document alone
+decide  compare documents: duplicates, quality buckets, epochs (after a pass that measures what this needs); mixture
+encode  tokens of what stays
+join    shards in the order of the sources, with reports and provenance
+
+Units and their order follow from the sources alone and every random choice from a document's text, so the shards are
+the same bytes for any number of processes, and after any number of interruptions.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import importlib.metadata
 import json
-import random
+import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from glmctl import console
-from glmctl.data import fim
-from glmctl.data.chat import ChatTemplate
-from glmctl.data.conversations import Conversation
+from glmctl import __version__, console
+from glmctl.data import curate, encode, mixture, spool, units
+from glmctl.data.encode import SPLITS
+from glmctl.data.passes import Passes, opened
 from glmctl.data.reading import BadRows
 from glmctl.data.shards import ShardWriter
-from glmctl.data.sources import Document, documents, size_hint
+from glmctl.data.sources import name_of
 from glmctl.data.tokenizer import Tokenizer
 from glmctl.errors import DataError
+from glmctl.recipe.curation import LOCAL_STAGES
 from glmctl.run import atomic
+from glmctl.run.fingerprint import digest
 
 if TYPE_CHECKING:
     from glmctl.recipe.schema import DataRecipe
     from glmctl.run.directory import Run
 
-SPLITS = ("train", "validation")
-_CHUNK_CHARS = 2_000_000
+REPORT, PROVENANCE, DECISIONS, CLASSIFIERS = "report.json", "provenance.json", "decisions.npz", "classifiers"
+WORK_FORMAT = 1
+"""raise it when results of earlier versions in a work folder can no longer be used"""
+_LIBRARIES = ("numpy", "rensa", "scikit-learn", "tokenizers", "pyarrow")
 
 
 def run(recipe: DataRecipe, run: Run) -> dict[str, Any]:
-    """Prepare the data of `recipe` under the run's export: `train/`, `validation/`, `report.json`, manifest.
+    """Prepare the data of `recipe` under the run's export.
 
+    The export holds `train/`, `validation/`, `report.json` (counts), `provenance.json` (what it takes to make the same
+    bytes again), `decisions.npz` (for `glmctl data inspect`), the classifiers it was taught, and the manifest.
     Each document ends in `<|endoftext|>`. The split goes by content hash, so the same text is never on both sides;
     validation takes each of its documents once and as it is (no fill-in-the-middle).
     Summary: `tokens_train`, `tokens_validation`, `documents`, `unigram_entropy` (see there), `bad_rows`.
-    DataError when either split ends up empty, or a source has more bad rows than `max_bad_rows`.
+
+    Raises:
+        DataError: a split ends up empty, a source has more bad rows than `max_bad_rows`, or a file is damaged.
+        EnvironmentProblem: the hub or a teacher's endpoint does not answer.
     """
     tokenizer = Tokenizer.load(recipe.tokenizer)
-    bad = BadRows(limit=recipe.max_bad_rows)
-    tokens: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
-    with atomic.publish(run.export) as folder:
-        writers = {
-            split: ShardWriter(
-                folder / split,
-                vocab_size=tokenizer.vocab_size,
-                tokenizer_hash=tokenizer.hash,
-                end_of_document=tokenizer.pad_id,
-                shard_tokens=recipe.shard_tokens,
-            )
-            for split in SPLITS
-        }
-        with writers["train"], writers["validation"]:
-            size = _write(recipe, tokenizer, writers, tokens, bad)
-        _require_both(writers, recipe.validation_fraction)
-        entropy = unigram_entropy(writers["validation"].counts)
-        report = {
-            "tokens": {split: dict(sorted(tokens[split].items())) for split in SPLITS},
-            "documents": {split: writers[split].documents for split in SPLITS},
-            "unigram_entropy": entropy,
-            "bad_rows": {"by_kind": dict(bad.kinds), "places": bad.places},
-            "tokenizer_hash": tokenizer.hash,
-        }
-        (folder / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    planned = units.plan(recipe.sources)
+    behind = units.fingerprint(recipe.sources)
+    read = [units.fingerprint_file(path) for path in _stage_files(recipe)]
+    inputs = [
+        recipe.model_dump(mode="json"),
+        tokenizer.hash,
+        [asdict(unit) for unit in planned],
+        _plain([*behind, read]),
+    ]
+    key = digest([WORK_FORMAT, *inputs])
+    work = run.export.with_name("work")
+    with opened(work, key[:16], planned) as passes:
+        learnt = work / key[:16] / "learnt"
+        scanned = _scan(recipe, passes)
+        bad, rows = _bad_rows(recipe, planned, scanned)
+        decisions = curate.decide(recipe, scanned, passes, learnt)
+        factors = mixture.apply(recipe, decisions, scanned, tokenizer)
+        encoded = passes.run(
+            "encode", encode.encode, lambda unit: (scanned[unit], decisions.of_unit(unit), recipe, recipe.tokenizer)
+        )
+        with atomic.publish(run.export) as folder:
+            writers, counts = _join(recipe, tokenizer, encoded, folder)
+            report = _report(writers, counts, bad, tokenizer)
+            report |= {"rows": rows, "stages": _stage_reports(recipe, scanned, decisions), "mixture": factors}
+            _write_json(folder / REPORT, report)
+            _write_json(folder / PROVENANCE, _provenance(recipe, behind, read, report))
+            decisions.save(folder / DECISIONS)
+            for classifier in _classifiers(recipe):
+                (folder / CLASSIFIERS).mkdir(exist_ok=True)
+                shutil.copyfile(learnt / classifier, folder / CLASSIFIERS / classifier)
     if bad.total:
         console.warn(f"{bad.total} rows left out: {bad.summary()}")
+    return _summary(writers, counts, report)
+
+
+def _scan(recipe: DataRecipe, passes: Passes) -> list[Path]:
+    local = [stage for stage in recipe.stages if stage.type in LOCAL_STAGES]
+
+    def arguments(number: int) -> tuple[Any, ...]:
+        unit = passes.units[number]
+        return unit, recipe.sources[unit.source], local, recipe.max_bad_rows
+
+    return passes.run("scan", spool.scan, arguments)
+
+
+def _bad_rows(recipe: DataRecipe, planned: Sequence[units.Unit], scanned: Sequence[Path]) -> tuple[BadRows, list[int]]:
+    """Bad rows of all sources, and the documents read from each. DataError when a source has too many."""
+    bad = BadRows(limit=recipe.max_bad_rows)
+    total = []
+    for place, source in enumerate(recipe.sources):
+        before, rows = bad.total, 0
+        for unit, folder in zip(planned, scanned, strict=True):
+            if unit.source == place:
+                counts = spool.counts(folder)
+                bad.merge(counts["bad"]["kinds"], counts["bad"]["places"])
+                rows += counts["rows"]
+        bad.check(before, rows + bad.total - before, name_of(source))
+        total.append(rows)
+    return bad, total
+
+
+def _join(
+    recipe: DataRecipe, tokenizer: Tokenizer, encoded: Sequence[Path], folder: Path
+) -> tuple[dict[str, ShardWriter], dict[str, Any]]:
+    """Write the shards of all units in order; returns the writers and the summed counts."""
+    writers = {
+        split: ShardWriter(
+            folder / split,
+            vocab_size=tokenizer.vocab_size,
+            tokenizer_hash=tokenizer.hash,
+            end_of_document=tokenizer.pad_id,
+            shard_tokens=recipe.shard_tokens,
+        )
+        for split in SPLITS
+    }
+    size = 0
+    tokens: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
+    documents: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
+    lengths: dict[str, dict[str, Counter[str]]] = {split: {} for split in SPLITS}
+    with writers["train"], writers["validation"]:
+        for unit in encoded:
+            counts = encode.append(unit, writers, tokenizer.vocab_size)
+            size += counts["bytes"]
+            for split in SPLITS:
+                tokens[split].update(counts["tokens"][split])
+                documents[split].update(counts["documents"][split])
+                for domain, found in counts["lengths"][split].items():
+                    lengths[split].setdefault(domain, Counter()).update(found)
+    _require_both(writers, recipe.validation_fraction)
+    return writers, {"bytes": size, "tokens": tokens, "documents": documents, "lengths": lengths}
+
+
+def _report(
+    writers: dict[str, ShardWriter], counts: dict[str, Any], bad: BadRows, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    lengths = {
+        split: {
+            domain: {key: found[key] for key in sorted(found, key=int)}
+            for domain, found in sorted(counts["lengths"][split].items())
+        }
+        for split in SPLITS
+    }
+    return {
+        "tokens": {split: dict(sorted(counts["tokens"][split].items())) for split in SPLITS},
+        "documents": {split: writers[split].documents for split in SPLITS},
+        "documents_by_domain": {split: dict(sorted(counts["documents"][split].items())) for split in SPLITS},
+        "lengths": lengths,
+        "unigram_entropy": unigram_entropy(writers["validation"].counts),
+        "bad_rows": {"by_kind": dict(bad.kinds), "places": bad.places},
+        "tokenizer_hash": tokenizer.hash,
+    }
+
+
+def _stage_reports(recipe: DataRecipe, scanned: Sequence[Path], decisions: curate.Decisions) -> list[dict[str, Any]]:
+    """What each stage was given and what it dropped, in the recipe's order."""
+    local = 0
+    found = [spool.counts(folder)["stages"] for folder in scanned]
+    reports = []
+    for at, stage in enumerate(recipe.stages):
+        name = stage.name if stage.type == "score" else None
+        report: dict[str, Any] = {"type": stage.type} | ({"name": name} if name else {})
+        if stage.type in LOCAL_STAGES:
+            reasons: Counter[str] = Counter()
+            for unit in found:
+                reasons.update(unit[local]["reasons"])
+            report |= {"in": sum(unit[local]["in"] for unit in found), "reasons": dict(sorted(reasons.items()))}
+            local += 1
+        else:
+            report |= {"in": 0, "reasons": {}} | decisions.reports.get(at, {})
+        report["out"] = report["in"] - sum(report["reasons"].values())
+        reports.append(report)
+    return reports
+
+
+def _provenance(
+    recipe: DataRecipe,
+    behind: Sequence[Sequence[units.SourceFile]],
+    read: Sequence[units.SourceFile],
+    report: dict[str, Any],
+) -> dict[str, Any]:
+    """What it takes to make the same shards: `recipe` with these files and this tokenizer gives these bytes."""
+    train = report["tokens"]["train"]
+    total = sum(train.values())
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "sources": [
+            {"name": name_of(source), "domain": source.domain, "documents": rows, "files": files}
+            for source, rows, files in zip(recipe.sources, report["rows"], _plain(behind), strict=True)
+        ],
+        "stages": report["stages"],
+        "stage_files": _plain([read])[0],
+        "mixture": {domain: count / total for domain, count in train.items()},
+        "tokenizer_hash": report["tokenizer_hash"],
+        "glmctl": __version__,
+        "libraries": {name: _version(name) for name in _LIBRARIES},
+    }
+
+
+def _plain(behind: Sequence[Sequence[units.SourceFile]]) -> list[list[dict[str, Any]]]:
+    return [[asdict(file) for file in files] for files in behind]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _stage_files(recipe: DataRecipe) -> list[Path]:
+    """Files that stages read: stored classifiers and a teacher's labels."""
+    found: list[Path] = []
+    for stage in recipe.stages:
+        if stage.type == "code_pages" and stage.classifier is not None:
+            found.append(Path(stage.classifier))
+        elif stage.type == "score" and stage.scorer.type == "classifier":
+            found.append(Path(stage.scorer.path))
+        elif stage.type == "score" and stage.scorer.type == "taught" and stage.scorer.teacher.type == "labels":
+            found += units.files_of(stage.scorer.teacher.paths)
+    return found
+
+
+def _classifiers(recipe: DataRecipe) -> list[str]:
+    return [f"{stage.name}.npz" for stage in recipe.stages if stage.type == "score" and stage.scorer.type == "taught"]
+
+
+def _summary(writers: dict[str, ShardWriter], counts: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
     total = sum(writer.total_tokens for writer in writers.values())
     summary: dict[str, Any] = {f"tokens_{split}": writers[split].total_tokens for split in SPLITS}
     summary["documents"] = sum(writer.documents for writer in writers.values())
-    summary["unigram_entropy"] = entropy
-    summary["bytes_per_token"] = size / total
-    summary["bad_rows"] = bad.total
-    return summary | {f"tokens_train_{domain}": count for domain, count in sorted(tokens["train"].items())}
+    summary["unigram_entropy"] = report["unigram_entropy"]
+    summary["bytes_per_token"] = counts["bytes"] / total
+    summary["bad_rows"] = sum(report["bad_rows"]["by_kind"].values())
+    if report["stages"]:
+        summary["dropped"] = sum(stage["in"] - stage["out"] for stage in report["stages"])
+    return summary | {f"tokens_train_{domain}": count for domain, count in sorted(report["tokens"]["train"].items())}
 
 
-def _write(
-    recipe: DataRecipe,
-    tokenizer: Tokenizer,
-    writers: dict[str, ShardWriter],
-    tokens: dict[str, Counter[str]],
-    bad: BadRows,
-) -> int:
-    """Encode every document into its split; returns the UTF-8 bytes encoded."""
-    template = ChatTemplate(tokenizer)
-    size = 0
-    with console.progress("data", size_hint(recipe.sources), "byte") as progress:
-        found = documents(recipe.sources, recipe.seed, bad=bad)
-        for chunk in _chunks(found):
-            prepared = [
-                (split, document, _parts(document, split, recipe))
-                for document in chunk
-                if (split := split_of(document, recipe.validation_fraction)) == "train" or document.copy == 0
-            ]
-            texts = [part.text for _, _, parts in prepared for part in parts]
-            encoded = iter(tokenizer.encode_plain_batch(texts))
-            for split, document, parts in prepared:
-                ids = _talk_tokens(document.conversation, template) if document.conversation else []
-                for part in parts:
-                    if part.sentinel is not None:
-                        ids.append(tokenizer.id(part.sentinel))
-                    ids += next(encoded)
-                ids.append(tokenizer.pad_id)
-                writers[split].add(ids)
-                tokens[split][document.domain] += len(ids)
-            done = sum(len(document.text.encode("utf-8", "replace")) for _, document, _ in prepared)
-            size += done
-            progress.advance(done)
-    return size
-
-
-def _chunks(found: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in groups of about `_CHUNK_CHARS` characters: enough to keep the cores busy, little memory."""
-    chunk: list[Document] = []
-    size = 0
-    for document in found:
-        chunk.append(document)
-        size += len(document.text)
-        if size >= _CHUNK_CHARS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def split_of(document: Document, validation_fraction: float) -> str:
-    """Which split a document is in, by its text alone: neither order, seed nor source matters."""
-    draw = int.from_bytes(_hash(b"validation:", document)[:8], "big") / 2.0**64
-    return "validation" if draw < validation_fraction else "train"
-
-
-def _hash(purpose: bytes, document: Document) -> bytes:
-    return hashlib.sha256(purpose + document.digest).digest()
-
-
-def _talk_tokens(talk: Conversation, template: ChatTemplate) -> list[int]:
-    """A conversation's tokens; mid-training learns all of them, as it learns any text."""
-    return template.encode_training(
-        talk.messages, talk.tools, enable_thinking=talk.enable_thinking, loss_on="all_turns"
-    ).tokens
-
-
-def _parts(document: Document, split: str, recipe: DataRecipe) -> list[fim.Part]:
-    """The document's text as it is to be encoded; nothing for a conversation, which the template encodes."""
-    if document.conversation is not None:
-        return []
-    if not document.is_code or split != "train":
-        return [fim.Part(None, document.text)]
-    purpose = f"fim:{recipe.seed}:{document.copy}:".encode()
-    return fim.rearrange(document.text, recipe.fim, random.Random(_hash(purpose, document)))
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _require_both(writers: dict[str, ShardWriter], fraction: float) -> None:

@@ -6,17 +6,17 @@ import gzip
 import io
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from glmctl.errors import DataError, EnvironmentProblem, RecipeError
 
 MAX_ROW_BYTES = 16 * 1024 * 1024
 MAX_EXPANSION = 200
-"""a .gz that grows by more than this (past 8 MB) is taken for a bomb"""
+"""a packed file that grows by more than this (past 8 MB) is taken for a bomb"""
 
 
 @dataclass
@@ -44,6 +44,13 @@ class BadRows:
         """One line: how many of each kind, and where the first is."""
         return "; ".join(f"{count} x {kind} (first: {self.places[kind][0]})" for kind, count in self.kinds.items())
 
+    def merge(self, kinds: Mapping[str, int], places: Mapping[str, Sequence[str]]) -> None:
+        """Take over what another reader counted, behind what is known here."""
+        self.kinds.update(kinds)
+        for kind, found in places.items():
+            known = self.places.setdefault(kind, [])
+            known += found[: 5 - len(known)]
+
     def check(self, before: int, rows: int, where: str) -> None:
         """DataError if more than the tolerated share of `rows` went bad since the count was `before`."""
         bad = self.total - before
@@ -64,31 +71,76 @@ def decoded(data: bytes, place: str, bad: BadRows) -> str | None:
     return text.removeprefix("\ufeff")
 
 
+PACKED = (".gz", ".zst")
+
+
 @contextmanager
-def open_maybe_gzip(path: Path) -> Iterator[BinaryIO]:
-    """A binary stream of `path`, unpacked when its name ends in .gz.
+def open_maybe_packed(path: Path) -> Iterator[BinaryIO]:
+    """A binary stream of `path`, unpacked when its name ends in .gz or .zst.
 
     DataError naming the file when it is truncated, damaged, or unpacks to over 200 times its size.
     """
+    import zstandard
+
     try:
         with open(path, "rb") as raw:
-            if path.suffix == ".gz":
+            if path.suffix in PACKED:
                 limit = max(8 * 1024 * 1024, MAX_EXPANSION * path.stat().st_size)
-                yield io.BufferedReader(_Capped(gzip.GzipFile(fileobj=raw), limit, path))
+                stream = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else _Zstandard(raw)
+                yield io.BufferedReader(_Capped(stream, limit, path))
             else:
                 yield raw
     except FileNotFoundError as error:
         raise RecipeError(f"{path}: no such file") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: truncated or damaged gzip: {error}") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        raise DataError(f"{path}: truncated or damaged {path.suffix[1:]}: {error}") from error
     except PermissionError as error:
         raise EnvironmentProblem(f"{path}: {error.strerror}") from error
+
+
+class _Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+class _Zstandard:
+    """Frames one after the other. zstandard's own reader takes a cut-off file for one that ends; this raises."""
+
+    # a block of 4 bytes may stand for 128 KB, so little is fed at a time
+    _FEED = 1024
+
+    def __init__(self, raw: BinaryIO) -> None:
+        import zstandard
+
+        self._raw = raw
+        self._decompressor = zstandard.ZstdDecompressor()
+        self._frame: Any = None
+        self._pending = b""
+        self._ready = b""
+        self._given = 0
+
+    def read(self, size: int) -> bytes:
+        while self._given == len(self._ready):
+            if not self._pending:
+                self._pending = self._raw.read(self._FEED)
+            if not self._pending:
+                if self._frame is not None:
+                    raise EOFError("the last frame has no end")
+                return b""
+            if self._frame is None:
+                self._frame = self._decompressor.decompressobj()
+            self._ready, self._given = self._frame.decompress(self._pending), 0
+            self._pending = b""
+            if self._frame.eof:
+                self._pending, self._frame = self._frame.unused_data, None
+        data = self._ready[self._given : self._given + size]
+        self._given += len(data)
+        return data
 
 
 class _Capped(io.RawIOBase):
     """A stream that refuses to give more than `limit` bytes."""
 
-    def __init__(self, stream: gzip.GzipFile, limit: int, path: Path) -> None:
+    def __init__(self, stream: _Readable, limit: int, path: Path) -> None:
         self._stream, self._left, self._path = stream, limit, path
 
     def readable(self) -> bool:
@@ -103,9 +155,9 @@ class _Capped(io.RawIOBase):
         return len(data)
 
 
-def numbered_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """(line number from 1, line), the line None when it is longer than 16 MB."""
-    number = 0
+def numbered_lines(stream: BinaryIO, first: int = 1) -> Iterator[tuple[int, bytes | None]]:
+    """(line number from `first`, line), the line None when it is longer than 16 MB."""
+    number = first - 1
     while line := stream.readline(MAX_ROW_BYTES + 1):
         number += 1
         if len(line) <= MAX_ROW_BYTES:

@@ -42,29 +42,33 @@ class ShardWriter:
         self._dtype = token_dtype(vocab_size)
         self._files: list[dict[str, Any]] = []
         self._stream: BinaryIO | None = None
-        self._starts = [0]
+        self._bounds = [np.zeros(1, np.int64)]
+        self.total_tokens = 0
+        self.documents = 0
         self.counts = np.zeros(vocab_size, np.int64)
         """how often each id was written"""
 
-    @property
-    def total_tokens(self) -> int:
-        """Tokens written so far."""
-        return self._starts[-1]
-
-    @property
-    def documents(self) -> int:
-        """Documents written so far."""
-        return len(self._starts) - 1
-
     def add(self, tokens: Sequence[int]) -> None:
-        """Append one document, `<|endoftext|>` included by the caller. An id outside the vocabulary is our bug."""
-        ids = np.asarray(tokens, np.int64)
-        assert ids.size > 0, "a document has at least its end token"
-        assert ids.min() >= 0, "token ids are not negative"
-        assert ids.max() < self._vocab_size, "token ids are below the vocabulary size"
-        self.counts += np.bincount(ids, minlength=self._vocab_size)
-        self._starts.append(self._starts[-1] + len(ids))
-        data = ids.astype(self._dtype)
+        """Append one document, `<|endoftext|>` included by the caller."""
+        self.add_many(np.asarray(tokens, np.int64), [len(tokens)])
+
+    def add_many(self, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
+        """Append documents of `lengths` tokens that stand one after the other in `tokens` [sum of lengths].
+
+        An id outside the vocabulary, or a document without its end token, is our bug.
+        """
+        sizes = np.asarray(lengths, np.int64)
+        assert sizes.sum() == len(tokens), "the lengths add up to the tokens"
+        if not len(sizes):
+            return
+        assert sizes.min() > 0, "a document has at least its end token"
+        assert tokens.min() >= 0, "token ids are not negative"
+        assert tokens.max() < self._vocab_size, "token ids are below the vocabulary size"
+        self.counts += np.bincount(tokens, minlength=self._vocab_size)
+        self._bounds.append(self.total_tokens + np.cumsum(sizes))
+        self.total_tokens += len(tokens)
+        self.documents += len(sizes)
+        data = tokens.astype(self._dtype)
         while len(data):
             if self._stream is None:
                 self._files.append({"name": f"tokens-{len(self._files):05d}.bin", "tokens": 0})
@@ -79,7 +83,7 @@ class ShardWriter:
     def close(self) -> None:
         """Finish the last file and write the index."""
         self._roll()
-        np.save(self._folder / DOCUMENTS, np.asarray(self._starts, "<i8"))
+        np.save(self._folder / DOCUMENTS, np.concatenate(self._bounds).astype("<i8"))
         index = {
             "format": FORMAT,
             "dtype": self._dtype.str,

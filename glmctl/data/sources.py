@@ -1,34 +1,42 @@
-"""Where text comes from: files, JSON lines, source trees, and prose that is at hand without a network.
+"""Where text comes from: files, rows, source trees, repository histories, and prose that is at hand.
 
 Order is fixed: source by source as the recipe lists them, within one by path, within a file by line.
 """
 
 from __future__ import annotations
 
-import glob
 import gzip
 import hashlib
 import json
-import os
-import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from glmctl.data import repository
+from glmctl.data import history, hub, repository
 from glmctl.data.chat import render_text
 from glmctl.data.conversations import Conversation, conversation_of
-from glmctl.data.reading import BadRows, decoded, numbered_lines, open_maybe_gzip
-from glmctl.errors import DataError, RecipeError
+from glmctl.data.language import programming_language
+from glmctl.data.reading import BadRows, decoded, numbered_lines, open_maybe_packed
+from glmctl.data.units import Span, Unit, plan, tree_root
+from glmctl.errors import DataError
 
 if TYPE_CHECKING:
-    from glmctl.recipe.schema import BundledText, ConversationsSource, JsonLinesSource, Source, SourceTree, TextSource
+    from glmctl.recipe.schema import (
+        BundledText,
+        HuggingFaceSource,
+        JsonLinesSource,
+        ParquetSource,
+        RepositoryHistory,
+        Source,
+        SourceTree,
+    )
 
 MAX_DOCUMENT_CHARS = 1_000_000
 """a longer text becomes several documents, cut after a line"""
+MAX_BLOCK_BYTES = 64 * 1024 * 1024
+"""most of a plain text file that is in memory at once"""
 REPOSITORY_DOCUMENT_CHARS = 65_536
 """about 16k tokens, so that a document of several files fits the 32k rows of mid-training"""
 
@@ -41,8 +49,10 @@ class Document:
     domain: str
     path: str
     is_code: bool = False
+    language: str = ""
+    """a programming language's name or a natural one's ISO 639-1 code, where it is known"""
     copy: int = 0
-    """0, 1, ... when the source's weight shows it more than once an epoch"""
+    """0, 1, ... when its weight shows it more than once an epoch"""
     conversation: Conversation | None = None
     """what `text` is the rendering of; its tokens are then the chat template's, so contents cannot open a turn"""
 
@@ -59,33 +69,36 @@ def documents(sources: Sequence[Source], seed: int, *, bad: BadRows | None = Non
     RecipeError for a path that does not exist; DataError for a truncated file or too many bad rows (see `bad`).
     """
     bad = BadRows() if bad is None else bad
-    for source in sources:
+    units = plan(sources)
+    for place, source in enumerate(sources):
         before, rows = bad.total, 0
-        for document in _limited(_read(source, bad), source.max_bytes):
-            rows += 1
-            for copy in range(_times(document, source.weight, seed)):
-                yield replace(document, copy=copy)
-        bad.check(before, rows + bad.total - before, _name(source))
+        for unit in units:
+            for document in read(unit, source, bad) if unit.source == place else ():
+                rows += 1
+                for copy in range(times(document.digest, source.weight, seed)):
+                    yield replace(document, copy=copy)
+        bad.check(before, rows + bad.total - before, name_of(source))
 
 
-def size_hint(sources: Sequence[Source]) -> int:
-    """A rough number of UTF-8 bytes that `documents` will give; for progress bars only."""
-    total = 0.0
-    for source in sources:
-        if source.type == "bundled":
-            size = 1_300_000 if source.text == "jargon-file" else 700_000
-        elif source.type == "source_tree":
-            size = source.max_bytes or 12_000_000
-        else:
-            size = sum(path.stat().st_size * (3 if path.suffix == ".gz" else 1) for path in _files(source.paths))
-        total += min(size, source.max_bytes or size) * source.weight
-    return max(1, int(total))
-
-
-def _times(document: Document, weight: float, seed: int) -> int:
+def times(digest: bytes, weight: float, seed: int) -> int:
+    """How often a document is seen: `weight` rounded down, or up with the probability of its fraction."""
     whole = int(weight)
-    draw = hashlib.sha256(b"weight:%d:" % seed + document.digest).digest()
+    draw = hashlib.sha256(b"weight:%d:" % seed + digest).digest()
     return whole + (int.from_bytes(draw[:8], "big") < (weight - whole) * 2.0**64)
+
+
+def name_of(source: Source) -> str:
+    """What a message calls the source."""
+    if source.type == "bundled":
+        return source.text
+    if source.type == "huggingface":
+        return source.dataset
+    return source.root if source.type == "source_tree" else ", ".join(source.paths)
+
+
+def read(unit: Unit, source: Source, bad: BadRows) -> Iterator[Document]:
+    """The documents of one unit of `source`, in order, up to the source's `max_bytes`."""
+    return _limited(_read(unit, source, bad), source.max_bytes)
 
 
 def _limited(found: Iterable[Document], max_bytes: int | None) -> Iterator[Document]:
@@ -98,42 +111,28 @@ def _limited(found: Iterable[Document], max_bytes: int | None) -> Iterator[Docum
         yield document
 
 
-def _name(source: Source) -> str:
-    if source.type == "bundled":
-        return source.text
-    return source.root if source.type == "source_tree" else ", ".join(source.paths)
-
-
-def _read(source: Source, bad: BadRows) -> Iterator[Document]:
-    if source.type == "text":
-        return _read_text(source, bad)
-    if source.type == "jsonl":
-        return _read_json_lines(source, bad)
+def _read(unit: Unit, source: Source, bad: BadRows) -> Iterator[Document]:
     if source.type == "source_tree":
-        return _read_tree(source, bad)
-    if source.type == "conversations":
-        return _read_conversations(source, bad)
-    return _read_bundled(source)
+        for span in unit.spans:
+            yield from _read_package(span, source, bad)
+    elif source.type == "repository_history":
+        yield from _read_history(unit, source, bad)
+    elif source.type == "bundled":
+        yield from _read_bundled(source)
+    elif source.type == "text":
+        for span in unit.spans:
+            yield from _read_text(span, source.domain, bad)
+    elif source.type == "conversations":
+        for span in unit.spans:
+            for place, line in _lines(span):
+                yield from _talk(line, source.domain, place, bad)
+    else:
+        for span in unit.spans:
+            for place, row in _rows(span, source, bad):
+                yield from _row_documents(row, source, place, bad)
 
 
 # ------------------------------------------------------------------ files
-
-
-def _files(paths: Sequence[str]) -> list[Path]:
-    """Files that `paths` (files, folders, glob patterns) name, in order of the list, then by name."""
-    found: list[Path] = []
-    for name in paths:
-        path = Path(name).expanduser()
-        if path.is_file():
-            found.append(path)
-        elif path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-        else:
-            matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-            if not matches:
-                raise RecipeError(f"{name}: no such file or folder")
-            found += [p for p in matches if p.is_file()]
-    return found
 
 
 def split_long(text: str, limit: int = MAX_DOCUMENT_CHARS) -> Iterator[str]:
@@ -147,42 +146,97 @@ def split_long(text: str, limit: int = MAX_DOCUMENT_CHARS) -> Iterator[str]:
     yield text[at:]
 
 
-def _read_text(source: TextSource, bad: BadRows) -> Iterator[Document]:
-    for path in _files(source.paths):
-        with open_maybe_gzip(path) as stream:
-            text = decoded(stream.read(), str(path), bad)
-        if text is not None and not text.strip():
-            bad.add("empty", str(path))
-        elif text is not None:
-            for part in split_long(text):
-                yield Document(part, source.domain, str(path))
+def _read_text(span: Span, domain: str, bad: BadRows) -> Iterator[Document]:
+    with open_maybe_packed(Path(span.path)) as stream:
+        for block in _blocks(stream):
+            text = decoded(block, span.path, bad)
+            if text is not None and not text.strip():
+                bad.add("empty", span.path)
+            elif text is not None:
+                for part in split_long(text):
+                    yield Document(part, domain, span.path)
 
 
-def _read_json_lines(source: JsonLinesSource, bad: BadRows) -> Iterator[Document]:
-    for path in _files(source.paths):
-        with open_maybe_gzip(path) as stream:
-            for number, line in numbered_lines(stream):
-                text = _row_text(line, source.field, f"{path}:{number}", bad)
-                if text is not None:
-                    for part in split_long(text):
-                        yield Document(part, source.domain, f"{path}:{number}")
+def _blocks(stream: BinaryIO) -> Iterator[bytes]:
+    """The whole of a file, a huge one in parts that end with a line."""
+    yield stream.read(MAX_BLOCK_BYTES) + stream.readline(MAX_BLOCK_BYTES)
+    while block := stream.read(MAX_BLOCK_BYTES):
+        yield block + stream.readline(MAX_BLOCK_BYTES)
 
 
-def _read_conversations(source: ConversationsSource, bad: BadRows) -> Iterator[Document]:
-    for path in _files(source.paths):
-        with open_maybe_gzip(path) as stream:
-            for number, line in numbered_lines(stream):
-                place = f"{path}:{number}"
-                row = _json_row(line, place, bad)
-                if row is None:
-                    continue
-                try:
-                    talk = conversation_of(row)
-                    text = render_text(talk.messages, talk.tools, enable_thinking=talk.enable_thinking)
-                except DataError as error:
-                    bad.add(f"not a conversation ({error.message})", place)
-                    continue
-                yield Document(text, source.domain, place, conversation=talk)
+def _lines(span: Span) -> Iterator[tuple[str, bytes | None]]:
+    """(`path:line`, line) of a span, the line None when it is too long."""
+    with open_maybe_packed(Path(span.path)) as stream:
+        if span.start:
+            stream.seek(span.start)
+        for number, line in numbered_lines(stream, span.first):
+            yield f"{span.path}:{number}", line
+            if span.stop is not None and stream.tell() >= span.stop:
+                return
+
+
+def _rows(
+    span: Span, source: JsonLinesSource | ParquetSource | HuggingFaceSource, bad: BadRows
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) of a span of rows."""
+    if source.type == "huggingface":
+        yield from hub.rows(source)
+        return
+    if source.type == "parquet":
+        yield from _parquet_rows(span, source)
+        return
+    for place, line in _lines(span):
+        row = _json_row(line, place, bad)
+        if row is not None:
+            yield place, row
+
+
+def _parquet_rows(span: Span, source: ParquetSource) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    wanted = [name for name in (source.field, source.language_field) if name is not None]
+    try:
+        with pq.ParquetFile(span.path) as file:
+            missing = [name for name in wanted if name not in file.schema_arrow.names]
+            if missing:
+                raise DataError(
+                    f"{span.path}: no column '{missing[0]}'; one of: {', '.join(file.schema_arrow.names[:12])}"
+                )
+            number = span.first
+            for batch in file.iter_batches(batch_size=256, row_groups=[span.start], columns=wanted):
+                for row in batch.to_pylist():
+                    yield f"{span.path}:{number}", row
+                    number += 1
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{span.path}: damaged Parquet file: {error}") from error
+
+
+def _row_documents(
+    row: dict[str, Any],
+    source: JsonLinesSource | ParquetSource | HuggingFaceSource,
+    place: str,
+    bad: BadRows,
+) -> Iterator[Document]:
+    text = _row_text(row, source.field, place, bad)
+    if text is None:
+        return
+    language = row.get(source.language_field) if source.language_field is not None else None
+    for part in split_long(text):
+        yield Document(part, source.domain, place, source.code, str(language or "").lower())
+
+
+def _talk(line: bytes | None, domain: str, place: str, bad: BadRows) -> Iterator[Document]:
+    row = _json_row(line, place, bad)
+    if row is None:
+        return
+    try:
+        talk = conversation_of(row)
+        text = render_text(talk.messages, talk.tools, enable_thinking=talk.enable_thinking)
+    except DataError as error:
+        bad.add(f"not a conversation ({error.message})", place)
+        return
+    yield Document(text, domain, place, conversation=talk)
 
 
 def _json_row(line: bytes | None, place: str, bad: BadRows) -> dict[str, Any] | None:
@@ -206,10 +260,7 @@ def _json_row(line: bytes | None, place: str, bad: BadRows) -> dict[str, Any] | 
     return row
 
 
-def _row_text(line: bytes | None, name: str, place: str, bad: BadRows) -> str | None:
-    row = _json_row(line, place, bad)
-    if row is None:
-        return None
+def _row_text(row: dict[str, Any], name: str, place: str, bad: BadRows) -> str | None:
     if name not in row:
         bad.add(f"no field '{name}'", place)
     elif not isinstance(row[name], str):
@@ -224,50 +275,39 @@ def _row_text(line: bytes | None, name: str, place: str, bad: BadRows) -> str | 
     return None
 
 
-# ------------------------------------------------------------------ source trees
+# ------------------------------------------------------------------ repositories
 
 
-def _tree_root(root: str) -> Path:
-    path = Path(sysconfig.get_path("stdlib")) if root == "python:stdlib" else Path(root).expanduser()
-    if not path.is_dir():
-        raise RecipeError(f"{root}: no such folder")
-    return path
+def _read_package(span: Span, source: SourceTree, bad: BadRows) -> Iterator[Document]:
+    root = tree_root(source.root)
+    files: dict[str, str] = {}
+    for path in span.members:
+        text = decoded((root / path).read_bytes(), str(root / path), bad)
+        if text is not None and text.strip():
+            files[path] = text
+    if source.repo_level:
+        joined = list(repository.join(files, REPOSITORY_DOCUMENT_CHARS))
+    else:
+        joined = [(path, repository.headed(path, text)) for path, text in files.items()]
+    for path, text in joined:
+        for part in split_long(text):
+            yield Document(part, source.domain, path, True, programming_language(path))
 
 
-def _tree_files(source: SourceTree, root: Path) -> dict[str, list[str]]:
-    """Group -> relative paths. A group is a top folder; a loose file is its own, unless the root is a package."""
-    groups: dict[str, list[str]] = {}
-
-    def excluded(name: str) -> bool:
-        return any(fnmatch(name, pattern) for pattern in source.exclude)
-
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(name for name in subfolders if not excluded(name) and not name.startswith("."))
-        for name in sorted(names):
-            if excluded(name) or not any(fnmatch(name, pattern) for pattern in source.include):
+def _read_history(unit: Unit, source: RepositoryHistory, bad: BadRows) -> Iterator[Document]:
+    records = []
+    for span in unit.spans:
+        for place, line in _lines(span):
+            row = _json_row(line, place, bad)
+            if row is None:
                 continue
-            path = (Path(folder) / name).relative_to(root).as_posix()
-            loose = "/" not in path and not (root / "__init__.py").is_file()
-            groups.setdefault(path if loose else path.split("/")[0] if "/" in path else ".", []).append(path)
-    # by hash of the name, so that a limit on bytes takes a fair sample of the tree
-    return {key: groups[key] for key in sorted(groups, key=lambda key: hashlib.sha256(key.encode()).digest())}
-
-
-def _read_tree(source: SourceTree, bad: BadRows) -> Iterator[Document]:
-    root = _tree_root(source.root)
-    for paths in _tree_files(source, root).values():
-        files: dict[str, str] = {}
-        for path in paths:
-            text = decoded((root / path).read_bytes(), str(root / path), bad)
-            if text is not None and text.strip():
-                files[path] = text
-        if source.repo_level:
-            joined = list(repository.join(files, REPOSITORY_DOCUMENT_CHARS))
-        else:
-            joined = [(path, repository.headed(path, text)) for path, text in files.items()]
-        for path, text in joined:
-            for part in split_long(text):
-                yield Document(part, source.domain, path, is_code=True)
+            try:
+                records.append(history.record_of(row, place))
+            except DataError as error:
+                bad.add(f"not a record ({error.message})", place)
+    root = tree_root(source.root) if source.root is not None else None
+    for place, text in history.contexts(records, root, source.max_chars):
+        yield Document(text, source.domain, place)
 
 
 # ------------------------------------------------------------------ bundled

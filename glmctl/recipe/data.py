@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from glmctl.errors import nearest
+from glmctl.recipe.curation import LOCAL_STAGES, Stage
 from glmctl.recipe.sections import RecipeBase, Section
 
 
@@ -20,12 +22,43 @@ class TextSource(Section):
 
 
 class JsonLinesSource(Section):
-    """JSON lines (optionally .gz), one document a line under `field`."""
+    """JSON lines (optionally .gz or .zst), one document a line under `field`."""
 
     type: Literal["jsonl"] = "jsonl"
     domain: str
     paths: list[str]
     field: str = "text"
+    code: bool = Field(False, description="the texts are source code: code stages and fill-in-the-middle apply")
+    language_field: str | None = Field(None, description="the row's field that names its language, e.g. `python`")
+    weight: float = Field(1.0, gt=0)
+    max_bytes: int | None = Field(None, gt=0)
+
+
+class ParquetSource(Section):
+    """Parquet files, one document a row in column `field`."""
+
+    type: Literal["parquet"] = "parquet"
+    domain: str
+    paths: list[str]
+    field: str = "text"
+    code: bool = False
+    language_field: str | None = None
+    weight: float = Field(1.0, gt=0)
+    max_bytes: int | None = Field(None, gt=0)
+
+
+class HuggingFaceSource(Section):
+    """A data set of the Hugging Face hub, streamed; needs the network."""
+
+    type: Literal["huggingface"] = "huggingface"
+    domain: str
+    dataset: str = Field(description="e.g. `HuggingFaceFW/fineweb-2`")
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = Field(None, description="a commit; without one the data may change under the manifest")
+    field: str = "text"
+    code: bool = False
+    language_field: str | None = None
     weight: float = Field(1.0, gt=0)
     max_bytes: int | None = Field(None, gt=0)
 
@@ -39,6 +72,21 @@ class SourceTree(Section):
     include: list[str] = Field(["*.py"])
     exclude: list[str] = Field(["test", "tests", "idlelib", "lib2to3", "site-packages", "pydoc_data", "__pycache__"])
     repo_level: bool = Field(True, description="join the files of one package, in dependency order, in one document")
+    weight: float = Field(1.0, gt=0)
+    max_bytes: int | None = Field(None, gt=0)
+
+
+class RepositoryHistory(Section):
+    """Issues, pull requests and commits of one repository as JSON lines; what belongs together shares one context.
+
+    A row: {"type": "issue" | "pull" | "commit", "number" or "sha", "title", "body", "diff", "comments", "links"}.
+    """
+
+    type: Literal["repository_history"] = "repository_history"
+    domain: str
+    paths: list[str]
+    root: str | None = Field(None, description="a checkout: files that a diff touches come first in its context")
+    max_chars: int = Field(65_536, gt=0, description="most characters in one context")
     weight: float = Field(1.0, gt=0)
     max_bytes: int | None = Field(None, gt=0)
 
@@ -64,7 +112,15 @@ class ConversationsSource(Section):
 
 
 Source = Annotated[
-    TextSource | JsonLinesSource | SourceTree | BundledText | ConversationsSource, Field(discriminator="type")
+    TextSource
+    | JsonLinesSource
+    | ParquetSource
+    | HuggingFaceSource
+    | SourceTree
+    | RepositoryHistory
+    | BundledText
+    | ConversationsSource,
+    Field(discriminator="type"),
 ]
 
 
@@ -90,10 +146,59 @@ class DataRecipe(RecipeBase):
     type: Literal["data"] = "data"
     tokenizer: str
     sources: list[Source]
+    stages: list[Stage] = Field([], description="what is done to the documents between reading and tokens, in order")
+    mixture: dict[str, float] = Field(
+        {}, description="share of the training tokens by domain; empty = what weights and epochs make of it"
+    )
+    max_epochs: float = Field(8.0, gt=0, description="most times a mixture may show a domain's documents on average")
     fim: FillInTheMiddle = FillInTheMiddle()
     validation_fraction: float = Field(0.01, gt=0.0, lt=0.5, description="of documents, chosen by content hash")
     shard_tokens: int = Field(16_777_216, gt=0)
     max_bad_rows: float = Field(0.01, ge=0.0, le=1.0, description="share of unreadable rows that is tolerated")
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> DataRecipe:
+        known = {source.domain for source in self.sources}
+        comparing: str | None = None
+        names = [stage.name for stage in self.stages if stage.type == "score"]
+        for at, stage in enumerate(self.stages):
+            for domain in stage.domains or []:
+                if domain not in known:
+                    match = nearest(domain, known)
+                    more = f"did you mean '{match}'?" if match else f"one of: {', '.join(sorted(known))}"
+                    raise ValueError(f"stages.{at}: no source has domain '{domain}'; {more}")
+            if stage.type not in LOCAL_STAGES:
+                comparing = comparing or stage.type
+            elif comparing is not None:
+                raise ValueError(
+                    f"stages.{at}: '{stage.type}' looks at one document alone; put it before '{comparing}'"
+                )
+        if self.mixture and (set(self.mixture) != known or min(self.mixture.values()) <= 0):
+            raise ValueError(f"mixture gives every domain a share above 0: {', '.join(sorted(known))}")
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            raise ValueError(f"two score stages are called '{repeated}'")
+        return self
+
+
+class ReasoningTeacher(Section):
+    """A reasoning model behind an OpenAI-compatible endpoint (the key, if any, in OPENAI_API_KEY)."""
+
+    base_url: str
+    model: str
+    temperature: float = Field(0.6, ge=0.0, le=2.0)
+    max_tokens: int = Field(4096, gt=0)
+
+
+class ReasoningRecipe(RecipeBase):
+    """Mine questions with short answers from text and keep a teacher's reasoning where it ends in the answer."""
+
+    type: Literal["reasoning"] = "reasoning"
+    sources: list[Source]
+    teacher: ReasoningTeacher
+    questions: int = Field(1000, gt=0, description="most questions that are asked")
+    samples: int = Field(4, gt=0, description="replies asked for to each question")
+    keep_per_question: int = Field(1, gt=0)
 
 
 class ArithmeticTask(Section):

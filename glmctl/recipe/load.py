@@ -37,6 +37,7 @@ CLASSES: dict[str, type[RecipeBase]] = {
         schema.TokenizerRecipe,
         schema.DataRecipe,
         schema.ProblemsRecipe,
+        schema.ReasoningRecipe,
         schema.PretrainRecipe,
         schema.SftRecipe,
         schema.RlRecipe,

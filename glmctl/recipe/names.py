@@ -16,6 +16,7 @@ COMMANDS = {
     "tokenizer": "data tokenizer",
     "data": "data prepare",
     "problems": "data problems",
+    "reasoning": "data reason",
     "pretrain": "pretrain",
     "sft": "sft",
     "rl": "rl",

@@ -17,8 +17,12 @@ from glmctl.recipe.data import (
     ConversationsSource,
     DataRecipe,
     FillInTheMiddle,
+    HuggingFaceSource,
     JsonLinesSource,
+    ParquetSource,
     ProblemsRecipe,
+    ReasoningRecipe,
+    RepositoryHistory,
     Source,
     SourceTree,
     Task,
@@ -57,16 +61,20 @@ __all__ = [
     "FillInTheMiddle",
     "Finetuning",
     "GrpoSpec",
+    "HuggingFaceSource",
     "JsonLinesSource",
     "MtpLoss",
     "MuonSpec",
     "Optimizer",
+    "ParquetSource",
     "PipelineRecipe",
     "PipelineStage",
     "PretrainRecipe",
     "ProblemsRecipe",
+    "ReasoningRecipe",
     "Recipe",
     "RecipeBase",
+    "RepositoryHistory",
     "RlRecipe",
     "Sampling",
     "Schedule",
@@ -102,6 +110,7 @@ Recipe = Annotated[
     TokenizerRecipe
     | DataRecipe
     | ProblemsRecipe
+    | ReasoningRecipe
     | PretrainRecipe
     | SftRecipe
     | RlRecipe

@@ -92,5 +92,5 @@ def test_completion_offers_commands_and_recipe_names(cli) -> None:
     commands = cli(_GLMCTL_COMPLETE="complete_bash", COMP_WORDS="glmctl pre", COMP_CWORD="1")
     assert commands.stdout.split() == ["pretrain"]
     recipes = cli(_GLMCTL_COMPLETE="complete_bash", COMP_WORDS="glmctl pretrain glm-4.5", COMP_CWORD="2")
-    assert recipes.stdout.split() == ["glm-4.5-air/pretrain", "glm-4.5/pretrain"]
+    assert recipes.stdout.split() == ["glm-4.5-air/pretrain", "glm-4.5/data-general", "glm-4.5/pretrain"]
     assert "_GLMCTL_COMPLETE" in cli("--show-completion", SHELL="/bin/bash").stdout

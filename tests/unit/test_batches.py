@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from glmctl.data.batches import IGNORE, Batch, PretrainBatches, SftBatches, pad_batch
 from glmctl.data.chat import Encoded
 from glmctl.errors import DataError
+from glmctl.parallel.accelerate import share
 
 PAD = 0
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=20)
@@ -45,9 +47,7 @@ def equal(one: Batch, two: Batch) -> bool:
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(2, 12), st.sampled_from(["concat", "best_fit"])
-)
+@given(LENGTHS, st.integers(2, 12), PACKINGS)
 def test_every_target_of_the_corpus_is_trained_on_exactly_once_an_epoch(
     lengths: list[int], row: int, packing: Any
 ) -> None:
@@ -61,9 +61,7 @@ def test_every_target_of_the_corpus_is_trained_on_exactly_once_an_epoch(
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(2, 12), st.sampled_from(["concat", "best_fit"])
-)
+@given(LENGTHS, st.integers(2, 12), PACKINGS)
 def test_targets_positions_and_documents_fit_together(lengths: list[int], row: int, packing: Any) -> None:
     batches = PretrainBatches(Stream(lengths), row, packing, seed=1)
     batch = batches.batch(0, batches.sequences_per_epoch)
@@ -103,6 +101,24 @@ def test_epochs_hold_the_same_tokens_in_another_order(packing: Any) -> None:
     one, two = batches.batch(0, n), batches.batch(n, n)
     assert not torch.equal(one.tokens_BT, two.tokens_BT)
     assert sorted(one.tokens_BT.flatten().tolist()) == sorted(two.tokens_BT.flatten().tolist())
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(LENGTHS, st.integers(2, 12), PACKINGS, st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(0, 4))
+def test_ranks_share_a_batch_and_a_resume_at_another_world_size_goes_on_exactly(
+    lengths: list[int], row: int, packing: Any, world: int, done: int
+) -> None:
+    """The only loader state is how many rows are done: any world size that divides the batch sees the same rows."""
+    rows = 12
+    whole = PretrainBatches(Stream(lengths), row, packing, seed=2).batch(done * rows, rows)
+    parts = []
+    for rank in range(world):
+        mine = PretrainBatches(Stream(lengths), row, packing, seed=2)  # a process of its own
+        start, stop = share(rows, SimpleNamespace(process_index=rank, num_processes=world))  # type: ignore[arg-type]
+        assert stop - start == rows // world
+        parts.append(mine.batch(done * rows + start, stop - start))
+    joined = [torch.cat(columns) for columns in zip(*map(tensors, parts), strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(joined, tensors(whole), strict=True))
 
 
 def test_an_empty_stream_is_refused() -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from glmctl.data.prepare import run, split_of, unigram_entropy
+from glmctl.data.encode import split_of
+from glmctl.data.prepare import run, unigram_entropy
 from glmctl.data.shards import TokenShards
 from glmctl.data.sources import Document
 from glmctl.data.tokenizer import Tokenizer

@@ -117,7 +117,7 @@ def test_nearest_names_are_suggested(write) -> None:
 def test_completion_knows_shipped_names_and_files(write) -> None:
     write("mine.yaml", "")
     write("glm-notes/a.yaml", "")
-    assert names.complete("glm-4.5/") == ["glm-4.5/pretrain"]
+    assert names.complete("glm-4.5/") == ["glm-4.5/data-general", "glm-4.5/pretrain"]
     assert names.complete("mi") == ["mine.yaml"]
     assert "glm-notes/" in names.complete("glm")
     assert {"demo", "mine.yaml"} <= set(names.complete(""))

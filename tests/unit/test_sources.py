@@ -12,7 +12,8 @@ import pytest
 
 from glmctl.data.reading import BadRows
 from glmctl.data.repository import dependency_order, headed, imported_modules, join
-from glmctl.data.sources import documents, size_hint, split_long
+from glmctl.data.sources import documents, split_long
+from glmctl.data.units import plan
 from glmctl.errors import DataError, RecipeError
 from glmctl.recipe.schema import BundledText, ConversationsSource, JsonLinesSource, SourceTree, TextSource
 
@@ -33,7 +34,7 @@ def test_files_come_by_list_then_by_name(tmp_path: Path) -> None:
         (tmp_path / name).write_text(name)
     source = TextSource(domain="d", paths=[str(tmp_path / "b"), str(tmp_path / "*.txt")])
     assert texts(source) == ["b/1.txt", "b/2.txt", "a.txt"]
-    assert size_hint([source]) == sum(map(len, texts(source)))
+    assert sum(unit.size for unit in plan([source])) == sum(map(len, texts(source)))
 
 
 def test_json_lines_plain_and_packed_give_the_same(tmp_path: Path) -> None:

@@ -1,0 +1,174 @@
+"""Synthetic reasoning (spec section 2, Data): question and answer pairs mined from text, reasoning by a teacher.
+
+A pair is what a page itself marks as question and answer ("Q: ... A: ..."), with an answer short enough to be checked.
+The teacher answers each question several times; only traces that end in the mined answer are kept, so what the model
+learns from was checked against the text it came from.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from glmctl import console
+from glmctl.data.sources import documents
+from glmctl.data.teacher import CONCURRENCY, client_of
+from glmctl.errors import DataError, EnvironmentProblem
+from glmctl.run import atomic
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+    from glmctl.recipe.data import ReasoningRecipe
+    from glmctl.run.directory import Run
+
+_ASKS = r"(?:Q|Question|Problem|Exercise|问题|问)"
+_ANSWERS = r"(?:A|Answer|Solution|答案|答)"
+_PAIR = re.compile(
+    rf"^[ \t]*{_ASKS}[ \t]*\d*[ \t]*[.:)：][ \t]*(?P<question>\S.*?)\n\s*{_ANSWERS}[ \t]*\d*[ \t]*[.:)：][ \t]*"
+    rf"(?P<answer>\S[^\n]*)",
+    re.MULTILINE | re.DOTALL,
+)
+_NEXT_QUESTION = re.compile(rf"^[ \t]*{_ASKS}[ \t]*\d*[ \t]*[.:)：]", re.MULTILINE)
+_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+_FINAL = re.compile(r"(?:final answer|answer|答案)\s*(?:is|:|：|是)?\s*[:：]?\s*(.+)", re.IGNORECASE)
+_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+_THINK = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.DOTALL)
+MAX_QUESTION_CHARS, MAX_ANSWER_WORDS = 2000, 8
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A question with the answer that its page gives."""
+
+    question: str
+    answer: str
+    path: str
+
+
+def mine(text: str, path: str) -> Iterator[Pair]:
+    """Pairs that a text marks as such and whose answers are short enough to be checked."""
+    for found in _PAIR.finditer(text):
+        question, answer = found["question"].strip(), found["answer"].strip()
+        if _NEXT_QUESTION.search(question) or len(question) > MAX_QUESTION_CHARS:
+            continue  # the answer belongs to a later question
+        if len(answer.split()) <= MAX_ANSWER_WORDS or key_of(answer) is not None:
+            yield Pair(question, answer, path)
+
+
+def key_of(text: str) -> Fraction | None:
+    """The one number of a text that is an answer ("x = 3/4."), None when there is none or several."""
+    found = set(_NUMBER.findall(text.rsplit("=", 1)[-1]))
+    if len(found) != 1:
+        return None
+    try:
+        return Fraction(found.pop().replace(",", ""))
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def final_answer(reply: str) -> str:
+    """What a reply settles on: its last box, else what follows its last "answer", else its last line."""
+    boxed = _BOXED.findall(reply)
+    if boxed:
+        return str(boxed[-1]).strip()
+    named = _FINAL.findall(reply)
+    if named:
+        return str(named[-1]).strip()
+    lines = [line.strip() for line in reply.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def agrees(reply: str, answer: str) -> bool:
+    """Whether a reply's final answer is `answer`: the same number, or the same words."""
+    given, wanted = final_answer(reply), key_of(answer)
+    if wanted is not None:
+        return key_of(given) == wanted
+    return bool(_plain(answer)) and _plain(given) == _plain(answer)
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def split_reasoning(message: Any) -> tuple[str, str]:
+    """(reasoning, content) of a chat reply: from `reasoning_content`, or from a `<think>` block in the content."""
+    content = message.content or ""
+    reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+    if reasoning:
+        return str(reasoning).strip(), content.strip()
+    found = _THINK.fullmatch(content)
+    return (found[1].strip(), found[2].strip()) if found else ("", content.strip())
+
+
+def run(recipe: ReasoningRecipe, run: Run) -> dict[str, Any]:
+    """Mine pairs, ask the teacher, keep what agrees: `conversations.jsonl` in the run's export, and `report.json`.
+
+    Raises:
+        DataError: the sources hold no pairs, or no trace was right.
+        EnvironmentProblem: the teacher does not answer.
+    """
+    pairs: dict[str, Pair] = {}
+    for document in documents(recipe.sources, recipe.seed):
+        for pair in mine(document.text, document.path):
+            pairs.setdefault(pair.question, pair)
+        if len(pairs) >= recipe.questions:
+            break
+    chosen = list(pairs.values())[: recipe.questions]
+    if not chosen:
+        raise DataError("the sources hold no marked questions with answers that can be checked")
+    rows, counts = _ask(recipe, chosen)
+    if not rows:
+        raise DataError(f"none of {counts['traces']} traces ends in the answer that the text gives")
+    with atomic.publish(run.export) as folder:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / "conversations.jsonl").write_text(lines, encoding="utf-8")
+        (folder / "report.json").write_text(json.dumps(dict(counts), indent=2) + "\n", encoding="utf-8")
+    return dict(counts)
+
+
+def _ask(recipe: ReasoningRecipe, pairs: Sequence[Pair]) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """Verified conversations in the pairs' order, at most `keep_per_question` each, and what was counted."""
+    from openai import OpenAIError
+
+    client = client_of(recipe.teacher.base_url)
+    counts: Counter[str] = Counter(questions=len(pairs), traces=0, wrong=0, without_reasoning=0, kept=0)
+    rows = []
+    with ThreadPoolExecutor(CONCURRENCY) as pool, console.progress("reasoning", len(pairs), "question") as progress:
+        try:
+            for pair, replies in zip(pairs, pool.map(lambda pair: _samples(client, recipe, pair), pairs), strict=True):
+                kept = 0
+                for reasoning, content in replies:
+                    counts["traces"] += 1
+                    if not agrees(content, pair.answer):
+                        counts["wrong"] += 1
+                    elif not reasoning:
+                        counts["without_reasoning"] += 1
+                    elif kept < recipe.keep_per_question:
+                        kept += 1
+                        said = {"role": "assistant", "content": content, "reasoning_content": reasoning}
+                        rows.append({"messages": [{"role": "user", "content": pair.question}, said], "path": pair.path})
+                counts["kept"] += kept
+                progress.advance(kept=counts["kept"])
+        except OpenAIError as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise EnvironmentProblem(f"{recipe.teacher.base_url}: the teacher does not answer: {error}") from error
+    return rows, counts
+
+
+def _samples(client: OpenAI, recipe: ReasoningRecipe, pair: Pair) -> list[tuple[str, str]]:
+    teacher = recipe.teacher
+    reply = client.chat.completions.create(
+        model=teacher.model,
+        messages=[{"role": "user", "content": pair.question}],
+        n=recipe.samples,
+        temperature=teacher.temperature,
+        max_tokens=teacher.max_tokens,
+    )
+    return [split_reasoning(choice.message) for choice in reply.choices]

@@ -1,0 +1,114 @@
+"""One row of training tokens as a person can read it: every token, what is learnt, where documents begin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from glmctl.data.batches import IGNORE, Batch, PretrainBatches
+from glmctl.data.chat import ChatTemplate
+from glmctl.data.conversations import read_conversations
+from glmctl.data.shards import TokenShards
+from glmctl.data.tokenizer import Tokenizer
+from glmctl.errors import RecipeError
+
+if TYPE_CHECKING:
+    from glmctl.recipe.schema import DataRecipe
+
+PACKINGS: dict[str, Literal["concat", "best_fit"]] = {"concat": "concat", "best_fit": "best_fit"}
+
+_COLOURS = ("on grey15", "on grey30")
+_LINE_END = "⏎"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row. All lists have one entry a token."""
+
+    tokens: Sequence[int]
+    documents: Sequence[int]
+    """number of the document within the row, -1 on padding"""
+    positions: Sequence[int]
+    learnt: Sequence[bool]
+    """whether the loss has this token as a target"""
+
+
+def row_of(batch: Batch, index: int = 0) -> Row:
+    """Row `index` of a batch. A token is learnt when it is the target of the one before it."""
+    targets = batch.targets_BT[index].tolist()
+    return Row(
+        batch.tokens_BT[index].tolist(),
+        batch.documents_BT[index].tolist(),
+        batch.positions_BT[index].tolist(),
+        [False, *(target != IGNORE for target in targets[:-1])],
+    )
+
+
+def row_of_shards(
+    recipe: DataRecipe, run: Path, row: int, split: str, length: int, packing: Literal["concat", "best_fit"]
+) -> tuple[Row, Tokenizer]:
+    """Row `row` of a prepared split as pretraining would pack it, and the tokenizer it was made with."""
+    shards = TokenShards.open(run, split)
+    tokenizer = Tokenizer.load(recipe.tokenizer)
+    shards.require_tokenizer(tokenizer.hash)
+    return row_of(PretrainBatches(shards, length, packing, seed=recipe.seed).batch(row, 1)), tokenizer
+
+
+def row_of_conversations(path: Path, row: int, tokenizer: Path) -> tuple[Row, Tokenizer]:
+    """Conversation `row` of a JSON lines file as SFT would learn it. RecipeError when there are not so many."""
+    loaded = Tokenizer.load(tokenizer)
+    talks = read_conversations([path])
+    if row >= len(talks):
+        raise RecipeError(f"{path}: --row {row}, but it has {len(talks)} conversations")
+    talk = talks[row]
+    encoded = ChatTemplate(loaded).encode_training(talk.messages, talk.tools, enable_thinking=talk.enable_thinking)
+    count = len(encoded.tokens)
+    return Row(encoded.tokens, [0] * count, list(range(count)), [bool(mask) for mask in encoded.loss_mask]), loaded
+
+
+def plain(row: Row, tokenizer: Tokenizer) -> str:
+    """The row without colours: tokens apart by `·`, those that are not learnt between ‹ and ›."""
+    parts: list[str] = []
+    for head, stretch in _documents(row):
+        shown: list[str] = []
+        for token, learnt in stretch:
+            text = _visible(tokenizer, token)
+            shown.append(text if learnt else f"‹{text}›")
+        parts.append(f"{head}\n{'·'.join(shown)}")
+    return "\n".join(parts)
+
+
+def coloured(row: Row, tokenizer: Tokenizer) -> Any:
+    """The row as a rich Text: neighbouring tokens in two shades, specials bold, what is not learnt dim."""
+    from rich.text import Text
+
+    text = Text()
+    special = set(tokenizer.added_tokens.values())
+    for head, stretch in _documents(row):
+        text.append(f"{head}\n", "bold cyan")
+        for place, (token, learnt) in enumerate(stretch):
+            style = _COLOURS[place % 2] + (" bold magenta" if token in special else "") + ("" if learnt else " dim")
+            text.append(_visible(tokenizer, token), style)
+            if "\n" in tokenizer.decode([token]):
+                text.append("\n")
+        text.append("\n")
+    return text
+
+
+def _documents(row: Row) -> Iterator[tuple[str, list[tuple[int, bool]]]]:
+    """(heading, its tokens with whether each is learnt) of every document of the row; padding is only counted."""
+    padding = sum(document < 0 for document in row.documents)
+    for document in dict.fromkeys(number for number in row.documents if number >= 0):
+        inside = [at for at, number in enumerate(row.documents) if number == document]
+        learnt = sum(row.learnt[at] for at in inside)
+        first, last = row.positions[inside[0]], row.positions[inside[-1]]
+        head = f"── document {document}: {len(inside)} tokens, positions {first} to {last}, {learnt} learnt"
+        yield head, [(row.tokens[at], row.learnt[at]) for at in inside]
+    if padding:
+        yield f"── padding: {padding} tokens", []
+
+
+def _visible(tokenizer: Tokenizer, token: int) -> str:
+    return tokenizer.decode([token]).replace("\n", _LINE_END).replace("\t", "⇥")

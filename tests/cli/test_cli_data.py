@@ -1,0 +1,84 @@
+"""`glmctl data prepare | inspect | stats`, as typed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+
+from glmctl.cli import main
+from glmctl.data.tokenizer import Tokenizer
+
+Cli = Callable[..., CompletedProcess[str]]
+
+RECIPE = """\
+type: data
+name: d
+tokenizer: tokenizer
+sources: [{type: jsonl, domain: web, paths: [rows.jsonl]}]
+stages:
+  - {type: web_rules, min_words: 5}
+  - {type: exact}
+validation_fraction: 0.2
+"""
+
+
+def test_a_life_of_a_data_set(
+    cli: Cli,
+    tmp_path: Path,
+    tiny_tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tiny_tokenizer.save(tmp_path / "tokenizer")
+    rows = [f"This is the text of page number {i}, which says something." for i in range(40)]
+    rows += ["Too short.", rows[3]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    made = cli("data", "prepare", "r.yaml", "--workers", "2", "--json")
+    assert made.returncode == 0, made.stderr
+    assert json.loads(made.stdout)["summary"]["dropped"] == 2
+
+    # what follows only reads, so one process will do
+    monkeypatch.chdir(tmp_path)
+
+    def said(*words: str, code: int = 0) -> str:
+        assert main(["data", *words]) == code
+        return capsys.readouterr().out
+
+    stats = said("stats", "runs/d")
+    assert "exact: same text" in stats
+    assert "web_rules: too few words" in stats
+    assert json.loads(said("stats", "runs/d", "--json"))["duplicates"] == {"exact": 1}
+
+    way = said("inspect", "runs/d", "--find", "page number 3,")
+    assert way.count("-> in") == 1
+    assert "like rows.jsonl:4, which came first" in way
+    short = json.loads(said("inspect", "runs/d", "--find", "Too short", "--json"))
+    assert short["documents"][0]["steps"][0]["verdict"] == "dropped"
+
+    row = said("inspect", "runs/d", "--length", "64")
+    assert "── document 0: " in row
+    assert "‹" in row  # the first token of a document is nobody's target
+
+    talk = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "answer"}]}
+    (tmp_path / "talk.jsonl").write_text(json.dumps(talk) + "\n")
+    learnt = json.loads(said("inspect", "talk.jsonl", "--tokenizer", "tokenizer", "--json"))
+    text = tiny_tokenizer.decode([t for t, mask in zip(learnt["tokens"], learnt["learnt"], strict=True) if mask])
+    assert "answer" in text
+    assert "q" not in text
+
+    said("stats", "nowhere", code=2)
+    said("inspect", "nowhere", "--find", "x", code=2)
+
+
+def test_a_hub_source_without_a_network_exits_4(cli: Cli, tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    tiny_tokenizer.save(tmp_path / "tokenizer")
+    source = "{type: huggingface, domain: web, dataset: nobody/nothing}"
+    (tmp_path / "r.yaml").write_text(f"type: data\ntokenizer: tokenizer\nsources: [{source}]\n")
+    made = cli("data", "prepare", "r.yaml", HF_HUB_OFFLINE="1")
+    assert made.returncode == 4
+    assert "the Hugging Face hub does not give it" in made.stderr
