@@ -55,7 +55,7 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        stop_ids=tuple(template.tokenizer.eos_ids),
+        stop_token_ids=tuple(template.tokenizer.eos_ids),
     )
     if raw:
         ids = template.tokenizer.encode_plain(text)

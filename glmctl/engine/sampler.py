@@ -6,6 +6,7 @@ Shapes: N rows, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from glmctl.engine.logits import Edit, edited
 from glmctl.engine.request import SamplingParams
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -49,16 +51,17 @@ def uniforms(streams: U64, index: I64) -> F64:
 
 @dataclass
 class Rows:
-    """Sampling parameters of N rows as arrays, so that a step needs no Python loop. Slicing gives views."""
+    """Sampling parameters of N rows as arrays, so that a step needs no Python loop."""
 
     temperature: npt.NDArray[np.float32]
     top_k: I64
     top_p: npt.NDArray[np.float32]
     min_p: npt.NDArray[np.float32]
     stream: U64
-    drawn: I64
-    """tokens generated so far: the index into the stream"""
+    logprobs: npt.NDArray[np.bool_]
     top_logprobs: I64
+    drawn: I64
+    """tokens generated before: the index into the stream"""
 
     @classmethod
     def empty(cls, rows: int) -> Rows:
@@ -69,33 +72,24 @@ class Rows:
             top_p=np.ones(rows, np.float32),
             min_p=np.zeros(rows, np.float32),
             stream=np.zeros(rows, np.uint64),
-            drawn=np.zeros(rows, np.int64),
+            logprobs=np.zeros(rows, np.bool_),
             top_logprobs=np.zeros(rows, np.int64),
+            drawn=np.zeros(rows, np.int64),
         )
 
     def put(self, row: int, params: SamplingParams) -> None:
-        """Start a request in `row`."""
+        """Set a row to a request's parameters."""
         self.temperature[row] = params.temperature
         self.top_k[row] = params.top_k
         self.top_p[row] = params.top_p
         self.min_p[row] = params.min_p
         self.stream[row] = stream_of(params.seed)
-        self.drawn[row] = 0
+        self.logprobs[row] = params.logprobs
         self.top_logprobs[row] = params.top_logprobs
 
-    def move(self, source: int, target: int) -> None:
-        """Copy one row over another."""
-        for array in vars(self).values():
-            array[target] = array[source]
-
-    def __getitem__(self, rows: slice) -> Rows:
+    def select(self, rows: I64) -> Rows:
+        """A copy of some rows, in this order."""
         return Rows(**{name: array[rows] for name, array in vars(self).items()})
-
-    def doubled(self) -> Rows:
-        """Each row twice, the second for the token after: what a two-token verification samples with."""
-        twice = Rows(**{name: np.repeat(array, 2) for name, array in vars(self).items()})
-        twice.drawn[1::2] += 1
-        return twice
 
 
 @dataclass
@@ -103,39 +97,47 @@ class Picked:
     """One token per row: ids [N], log-probabilities [N] (float32), and the likeliest alternatives when asked for."""
 
     tokens: Tensor
-    logprobs: Tensor
+    logprobs: Tensor | None
+    """None when no row wants them"""
     top: tuple[Tensor, Tensor] | None
     """ids and log-probabilities, each [N, largest top_logprobs of the rows]"""
 
 
-def pick(logits_NV: Tensor, rows: Rows) -> Picked:
-    """Sample each row: temperature, then top-k, then top-p, then min-p, then inverse CDF on what is left.
+def pick(logits_NV: Tensor, rows: Rows, edits: Sequence[Edit] = ()) -> Picked:
+    """Sample each row: `edits`, temperature, then top-k, then top-p, then min-p, then inverse CDF on what is left.
 
-    Rows of temperature 0 take the largest logit. `logprobs` is of the temperature-scaled softmax before truncation
-    (temperature 1 for greedy rows), so that it is what a trainer recomputes.
+    Rows of temperature 0 take the largest logit. `logprobs` is of the temperature-scaled softmax of the logits as
+    given, before edits and truncation (temperature 1 for greedy rows), so that it is what a trainer recomputes.
     """
-    device = logits_NV.device
+    scaled_NV = _scaled(edited(logits_NV, edits) if edits else logits_NV, rows)
     sampled = np.flatnonzero(rows.temperature > 0)
-    scaled_NV = logits_NV.float()
-    if sampled.size and not (rows.temperature[sampled] == 1).all():
-        temperature = np.where(rows.temperature > 0, rows.temperature, np.float32(1))
-        scaled_NV = scaled_NV / torch.from_numpy(temperature).to(device)[:, None]
     if sampled.size == len(rows.temperature):
         tokens_N = _draw(scaled_NV, rows)
     else:
         tokens_N = scaled_NV.argmax(-1)
         if sampled.size:
-            chosen = torch.from_numpy(sampled).to(device)
-            mixed = Rows(**{name: array[sampled] for name, array in vars(rows).items()})
-            tokens_N[chosen] = _draw(scaled_NV[chosen], mixed)
+            chosen = torch.from_numpy(sampled).to(scaled_NV.device)
+            tokens_N[chosen] = _draw(scaled_NV[chosen], rows.select(sampled))
+    if not rows.logprobs.any():
+        return Picked(tokens_N, None, None)
+    if edits:
+        scaled_NV = _scaled(logits_NV, rows)
     normalizer_N = scaled_NV.logsumexp(-1)
     logprobs_N = scaled_NV.gather(-1, tokens_N[:, None])[:, 0] - normalizer_N
-    top = None
     most = int(rows.top_logprobs.max(initial=0))
+    top = None
     if most:
         values, ids = scaled_NV.topk(min(most, scaled_NV.shape[-1]), dim=-1)
         top = ids, values - normalizer_N[:, None]
     return Picked(tokens_N, logprobs_N, top)
+
+
+def _scaled(logits_NV: Tensor, rows: Rows) -> Tensor:
+    """Divided by the temperature; greedy rows as they are."""
+    if np.isin(rows.temperature, (0, 1)).all():
+        return logits_NV
+    temperature = np.where(rows.temperature > 0, rows.temperature, np.float32(1))
+    return logits_NV / torch.from_numpy(temperature).to(logits_NV.device)[:, None]
 
 
 def _draw(scaled_NV: Tensor, rows: Rows) -> Tensor:
@@ -151,8 +153,7 @@ def _draw(scaled_NV: Tensor, rows: Rows) -> Tensor:
         index = np.flatnonzero(mask)
         chosen = torch.from_numpy(index).to(scaled_NV.device)
         if draw_truncated:
-            part = Rows(**{name: array[index] for name, array in vars(rows).items()})
-            tokens_N[chosen] = _draw_truncated(scaled_NV[chosen], part, u_N[chosen])
+            tokens_N[chosen] = _draw_truncated(scaled_NV[chosen], rows.select(index), u_N[chosen])
         else:
             tokens_N[chosen] = _inverse_cdf(scaled_NV[chosen].softmax(-1), u_N[chosen])
     return tokens_N
@@ -179,5 +180,5 @@ def _inverse_cdf(weights_NV: Tensor, u_N: Tensor) -> Tensor:
     """First index whose cumulative weight exceeds u * total; an index of weight zero is never taken."""
     cdf_NV = weights_NV.cumsum(-1, dtype=torch.float64)
     target_N1 = u_N[:, None] * cdf_NV[:, -1:]
-    # NaN weights would land behind the end; the engine refuses non-finite log-probabilities right after
+    # NaN weights would land behind the end; the engine refuses non-finite logits before
     return torch.searchsorted(cdf_NV, target_N1, right=True)[:, 0].clamp_max(weights_NV.shape[-1] - 1)

@@ -1,8 +1,8 @@
-"""Who decodes, who is prefilled next, and in which cache row. Pure bookkeeping, no tensors.
+"""What each step computes: who decodes, whose prompt is worked on, and in which blocks. No tensors of the model.
 
-Rows are compact: sequences that decode occupy rows 0..decoding-1, so that a step reads the cache as one slice.
-At most one long prompt is in the middle of its prefill; it sits in the row right behind them. When a row becomes
-free, the last rows move up, and the moves are handed to whoever owns the tensors.
+First come, first served. A sequence has a slot (a row of the block table) and blocks from its admission to its end.
+When blocks run out, the youngest gives everything up, goes back to the head of the queue, and is computed again from
+its tokens, what it had generated included.
 """
 
 from __future__ import annotations
@@ -10,162 +10,215 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from glmctl.engine.request import Sequence
+import numpy as np
+import numpy.typing as npt
 
-# a group is padded to its longest prompt: stop adding prompts that are shorter than this share of it
-_PADDING_SHARE = 0.75
+from glmctl.engine.blocks import BlockManager, chain
+from glmctl.engine.sequence import Sequence
 
-Move = tuple[int, int]
-"""(from row, to row)"""
+SCORED_CHUNK = 256
+"""most prompt tokens a step of a request that wants their log-probabilities: each needs a row of logits"""
 
 
-@dataclass(frozen=True)
-class Prefill:
-    """Prompt pieces that go through the model together, one row each.
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Tokens start..start+count-1 of a sequence, then its drafts."""
 
-    `leaders` take rows first_row..; all start at the same prompt position, `start`, and `ends[i]` is where row i's
-    piece ends.
-    """
-
-    first_row: int
-    leaders: list[Sequence]
+    sequence: Sequence
     start: int
-    ends: list[int]
-
-    @property
-    def complete(self) -> bool:
-        """Whether every prompt is in the cache after this."""
-        return all(end == len(seq.request.prompt) for seq, end in zip(self.leaders, self.ends, strict=True))
+    count: int
+    drafts: list[int]
+    newest: bool
+    """whether the piece ends in the sequence's newest token, so that the step chooses the next"""
 
 
 @dataclass(frozen=True)
-class Admission:
-    """What one step prefills.
+class Plan:
+    """One step."""
 
-    `copies` are (leader's row, own row, sequence) of requests that repeat a leader's very prompt (samples of one
-    question): their rows follow behind all leaders and are copied rather than computed.
-    """
-
-    groups: list[Prefill]
-    copies: list[tuple[int, int, Sequence]]
+    works: list[Work]
+    admitted: list[Sequence]
+    """those that got their slot in this step"""
 
 
 class Scheduler:
-    """First come, first served over `max_slots` rows, at most `prefill_tokens` prompt tokens a step."""
+    """Continuous batching over `max_slots` sequences; at most `prefill_tokens` prompt tokens a step, so that those
+    that decode keep moving. `lookahead`: places behind the newest token that drafting writes to.
+    """
 
-    def __init__(self, max_slots: int, prefill_tokens: int) -> None:
-        assert max_slots > 0
-        assert prefill_tokens > 0
-        self.max_slots = max_slots
-        self.prefill_tokens = prefill_tokens
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        block_size: int,
+        max_slots: int,
+        max_length: int,
+        prefill_tokens: int,
+        lookahead: int = 0,
+    ) -> None:
+        assert blocks.total * block_size >= max_length, "one sequence must always fit"
+        self.blocks, self.block_size = blocks, block_size
+        self.max_slots, self.max_length, self.prefill_tokens = max_slots, max_length, prefill_tokens
+        self.lookahead = lookahead
         self.waiting: deque[Sequence] = deque()
-        self.rows: list[Sequence] = []
-        """sequence of each occupied row"""
-        self.decoding = 0
-        """how many of `rows` have their whole prompt in the cache; at most one more row is occupied"""
-
-    @property
-    def free(self) -> int:
-        """Rows without a sequence."""
-        return self.max_slots - len(self.rows)
+        self.running: list[Sequence] = []
+        """in the order of their admission"""
+        self.table_SM: npt.NDArray[np.int32] = np.zeros((max_slots, self._blocks_for(max_length)), np.int32)
+        self.weights = 0
+        """how often the weights have changed: blocks of different weights are never shared"""
+        self.drafting = lookahead > 0
+        """whether requests that are admitted now keep the MTP layer's cache; they share with their like only"""
+        self.reused = 0
+        """prompt tokens found in the cache"""
+        self.preemptions = 0
+        self._slots = list(range(max_slots))[::-1]
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
         self.waiting.append(sequence)
 
-    def admit(self) -> Admission:
-        """Take what this step prefills; the sequences get their rows now and decode from this step on.
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, queued or running; its blocks are free at once."""
+        if sequence.slot < 0:
+            self.waiting.remove(sequence)
+        else:
+            self.running.remove(sequence)
+            self._vacate(sequence)
 
-        A prompt above the budget goes alone, in pieces over several steps, while the others keep decoding.
-        """
-        if len(self.rows) > self.decoding:
-            return Admission([self._continue_long()], [])
-        if not self.waiting or not self.free:
-            return Admission([], [])
-        if len(self.waiting[0].request.prompt) > self.prefill_tokens:
-            self.rows.append(self.waiting.popleft())
-            return Admission([self._continue_long()], [])
-        leaders, followers = self._take()
-        leaders.sort(key=lambda seq: len(seq.request.prompt), reverse=True)
-        first = self.decoding
-        self.rows += leaders
-        row_of = {tuple(seq.request.prompt): first + index for index, seq in enumerate(leaders)}
-        copies = []
-        for seq in followers:
-            copies.append((row_of[tuple(seq.request.prompt)], len(self.rows), seq))
-            self.rows.append(seq)
-        self.decoding = len(self.rows)
-        for seq in self.rows[first:]:
-            seq.filled = len(seq.request.prompt)
-        return Admission(_groups(first, leaders), copies)
-
-    def remove(self, row: int) -> list[Move]:
-        """Free a row; returns the moves that keep the rows compact, in the order to carry them out."""
-        assert 0 <= row < len(self.rows)
-        moves = []
-        if row < self.decoding:
-            self.decoding -= 1
-            if row != self.decoding:
-                moves.append((self.decoding, row))
-            row = self.decoding
-        last = len(self.rows) - 1
-        if row != last:
-            moves.append((last, row))
-        for source, target in moves:
-            self.rows[target] = self.rows[source]
-        self.rows.pop()
-        return moves
-
-    def drop_waiting(self, request_id: str) -> Sequence | None:
-        """Take a queued request out of the queue."""
-        for index, seq in enumerate(self.waiting):
-            if seq.request.id == request_id:
-                del self.waiting[index]
-                return seq
-        return None
-
-    def row_of(self, request_id: str) -> int | None:
-        """The row of an admitted request."""
-        return next((row for row, seq in enumerate(self.rows) if seq.request.id == request_id), None)
-
-    def _continue_long(self) -> Prefill:
-        seq = self.rows[-1]
-        start, total = seq.filled, len(seq.request.prompt)
-        seq.filled = min(total, start + self.prefill_tokens)
-        if seq.filled == total:
-            self.decoding += 1
-        return Prefill(len(self.rows) - 1, [seq], start, [seq.filled])
-
-    def _take(self) -> tuple[list[Sequence], list[Sequence]]:
-        """Sequences off the queue while rows and budget last: distinct prompts, and repetitions of those."""
-        leaders: list[Sequence] = []
-        followers: list[Sequence] = []
-        seen: set[tuple[int, ...]] = set()
-        budget, free = self.prefill_tokens, self.free
-        while self.waiting and len(leaders) + len(followers) < free:
-            seq = self.waiting[0]
-            prompt = tuple(seq.request.prompt)
-            if prompt in seen:
-                followers.append(seq)
-            elif len(prompt) <= budget:
-                leaders.append(seq)
-                seen.add(prompt)
-                budget -= len(prompt)
-            else:
+    def schedule(self) -> Plan:
+        """What the next step computes; `computed` is for the engine to advance when it has been."""
+        works: list[Work] = []
+        budget = self.prefill_tokens
+        before = self.preemptions
+        # the list shrinks at its end while blocks are being found
+        index = 0
+        while index < len(self.running):
+            sequence = self.running[index]
+            index += 1
+            missing = len(sequence.tokens) - sequence.computed
+            count = missing if missing == 1 else min(missing, budget, _largest_piece(sequence))
+            if count == 0:
+                continue
+            if self._reserve(sequence, count):
+                works.append(self._work(sequence, count))
+                budget -= count if missing > 1 else 0
+        admitted: list[Sequence] = []
+        while self.waiting and budget > 0 and self._slots and self.preemptions == before:
+            sequence = self.waiting[0]
+            if not self._admit(sequence):
                 break
             self.waiting.popleft()
-        return leaders, followers
+            admitted.append(sequence)
+            count = min(len(sequence.tokens) - sequence.computed, budget, _largest_piece(sequence))
+            works.append(self._work(sequence, count))
+            budget -= count
+        return Plan(works, admitted)
+
+    # ------------------------------------------------------------------ inside
+
+    def _root(self) -> bytes:
+        """What the name of a first block is chained to."""
+        return f"{self.weights} {self.drafting}".encode()
+
+    def _blocks_for(self, places: int) -> int:
+        return -(-places // self.block_size)
+
+    def _work(self, sequence: Sequence, count: int) -> Work:
+        start = sequence.computed
+        newest = start + count == len(sequence.tokens)
+        self._publish(sequence, start + count)
+        return Work(sequence, start, count, sequence.drafts if newest else [], newest)
+
+    def _publish(self, sequence: Sequence, places: int) -> None:
+        """Name the blocks that this step completes: those behind it in the very step may share them already."""
+        if not sequence.shares:
+            return
+        size, names = self.block_size, sequence.chain
+        while (len(names) + 1) * size <= places:
+            at = len(names) * size
+            name = chain(names[-1] if names else sequence.root, sequence.tokens[at : at + size])
+            self.blocks.publish(sequence.blocks[len(names)], name)
+            names.append(name)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give a sequence its slot, the blocks that already hold its beginning, and new ones for the rest.
+
+        False, and nothing changed, when there are too few: every running sequence keeps one block to grow into.
+        """
+        shared, names = self._match(sequence)
+        idle = sum(self.blocks.users(block) == 0 for block in shared)
+        new = self._blocks_for(self._places(sequence, len(sequence.tokens))) - len(shared)
+        if new > self.blocks.free - idle - len(self.running):
+            return False
+        for block in shared:
+            self.blocks.share(block)
+        sequence.slot = self._slots.pop()
+        sequence.root, sequence.shares, sequence.drafting = self._root(), True, self.drafting
+        sequence.chain = names
+        sequence.computed = len(shared) * self.block_size
+        sequence.mtp_filled = max(1, sequence.computed)
+        self.reused += min(sequence.computed, sequence.prompt_length)
+        self._extend(sequence, shared)
+        self._extend(sequence, self.blocks.take(new))
+        self.running.append(sequence)
+        return True
+
+    def _match(self, sequence: Sequence) -> tuple[list[int], list[bytes]]:
+        """Cached blocks that hold the sequence's beginning; never its newest token, whose logits are needed."""
+        blocks: list[int] = []
+        names: list[bytes] = []
+        if sequence.request.params.prompt_logprobs is not None:
+            return blocks, names
+        size, tokens = self.block_size, sequence.tokens
+        name = self._root()
+        for at in range(0, (len(tokens) - 1) // size * size, size):
+            name = chain(name, tokens[at : at + size])
+            block = self.blocks.find(name)
+            if block is None:
+                break
+            blocks.append(block)
+            names.append(name)
+        return blocks, names
+
+    def _places(self, sequence: Sequence, end: int) -> int:
+        """Places that a step which computes up to `end` writes to."""
+        return min(end + self.lookahead, self.max_length)
+
+    def _reserve(self, sequence: Sequence, count: int) -> bool:
+        """Blocks for the next `count` tokens and the drafts; preempts from the youngest on. False when that was it."""
+        end = sequence.computed + count + len(sequence.drafts)
+        need = self._blocks_for(self._places(sequence, end)) - len(sequence.blocks)
+        if need <= 0:
+            return True
+        while self.blocks.free < need:
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        self._extend(sequence, self.blocks.take(need))
+        return True
+
+    def _extend(self, sequence: Sequence, blocks: list[int]) -> None:
+        held = len(sequence.blocks)
+        sequence.blocks += blocks
+        self.table_SM[sequence.slot, held : held + len(blocks)] = blocks
+
+    def _preempt(self, sequence: Sequence) -> None:
+        assert self.running[-1] is sequence
+        self.running.pop()
+        self._vacate(sequence)
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _vacate(self, sequence: Sequence) -> None:
+        """Give up slot and blocks; the sequence could be computed again from its tokens."""
+        self.blocks.release(sequence.blocks)
+        self.table_SM[sequence.slot, : len(sequence.blocks)] = 0
+        self._slots.append(sequence.slot)
+        sequence.slot, sequence.computed, sequence.mtp_filled = -1, 0, 1
+        sequence.blocks, sequence.chain, sequence.drafts = [], [], []
 
 
-def _groups(first_row: int, leaders: list[Sequence]) -> list[Prefill]:
-    """Split prompts, longest first, into runs of similar length: each run is padded to its own longest."""
-    groups: list[Prefill] = []
-    begin = 0
-    for index in range(1, len(leaders) + 1):
-        longest = len(leaders[begin].request.prompt)
-        if index < len(leaders) and len(leaders[index].request.prompt) >= _PADDING_SHARE * longest:
-            continue
-        members = leaders[begin:index]
-        groups.append(Prefill(first_row + begin, members, 0, [len(seq.request.prompt) for seq in members]))
-        begin = index
-    return groups
+def _largest_piece(sequence: Sequence) -> int:
+    scored = sequence.request.params.prompt_logprobs is not None and sequence.computed < sequence.prompt_length
+    return SCORED_CHUNK if scored else len(sequence.tokens)

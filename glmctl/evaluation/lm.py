@@ -174,7 +174,10 @@ class GlmctlLM(TemplateLM):  # type: ignore[misc]
             return []
         longest = max(len(job.prompt) + job.params.max_tokens for job in jobs)
         engine = Engine(
-            self.model, max_slots=min(self.max_slots, len(jobs)), max_length=max(min(longest, self.max_length), 2)
+            self.model,
+            max_slots=min(self.max_slots, len(jobs)),
+            max_length=max(min(longest, self.max_length), 2),
+            token_bytes=lambda token: self.tokenizer.decode_bytes([token], skip_special=True),
         )
         texts = generate_texts(engine, self.tokenizer, jobs)
         for request, text in zip(requests, texts, strict=True):
@@ -200,7 +203,9 @@ class GlmctlLM(TemplateLM):  # type: ignore[misc]
             top_p=float(kwargs.get("top_p", 1.0)),
             top_k=int(kwargs.get("top_k", 0)),
             min_p=float(kwargs.get("min_p", 0.0)),
-            stop_ids=self.tokenizer.eos_ids,
+            # an empty one is none
+            stop=tuple(stop for stop in kwargs["until"] if stop),
+            stop_token_ids=self.tokenizer.eos_ids,
             seed=int(kwargs.get("seed", self.seed)) + place,
         )
-        return Job(prompt[-room:] or [self.eot_token_id], params, tuple(kwargs["until"]))
+        return Job(prompt[-room:] or [self.eot_token_id], params)

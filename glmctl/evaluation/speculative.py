@@ -38,7 +38,7 @@ def check(
 ) -> SpeculativeCheck:
     """Decode greedily twice. The model needs its MTP layer, and every prompt room for a token."""
     assert prompts, "nothing to decode"
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_ids=stop_ids)
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop_ids)
     longest = max(map(len, prompts)) + max_tokens
     length = min(longest, model.config.max_position_embeddings)
     outputs: list[list[list[int]]] = []

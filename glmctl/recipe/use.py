@@ -67,6 +67,6 @@ class ServeRecipe(RecipeBase):
     served_name: str | None = None
     max_slots: int = Field(16, gt=0)
     max_queue: int = Field(64, gt=0)
-    speculative: int = Field(1, ge=0, le=1, description="tokens drafted by the MTP layer")
+    speculative: int = Field(1, ge=0, le=3, description="tokens drafted by the MTP layer")
     ask: list[str] = Field([], description="questions to answer through the official client before stopping")
     ask_problems: list[str] = Field([], description="problem files; the first problem of each is asked too")

@@ -69,7 +69,8 @@ def rollout(
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             min_p=sampling.min_p,
-            stop_ids=stop_ids,
+            stop_token_ids=stop_ids,
+            logprobs=True,
             seed=derive_seed(seed, trajectory.problem_id, trajectory.sample, turn),
         )
         name = f"{trajectory.group}.{trajectory.sample}.{turn}"
@@ -92,6 +93,7 @@ def rollout(
         while running:
             for event in engine.step():
                 episode = running[event.id]
+                assert event.logprob is not None
                 episode.push(event.token, event.logprob)
                 if event.finish_reason is not None:
                     del running[event.id]

@@ -104,7 +104,7 @@ async def chat_completions(service: Service, http: HttpRequest) -> Response:
     prompt = await service.encode_chat(body.template_messages(), body.template_tools(), body.enable_thinking)
     limit_name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
     max_tokens = service.budget(prompt, body.token_limit, "messages", limit_name)
-    params = service.sampling(body, max_tokens, (body.top_logprobs or 0) if body.logprobs else 0)
+    params = service.sampling(body, max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
     identity = new_id("chatcmpl")
     requests = [Request(f"{identity}/{index}", prompt, each) for index, each in enumerate(params)]
     choices = {request.id: ChatChoice(service, body, index, request) for index, request in enumerate(requests)}

@@ -49,6 +49,7 @@ class TextChoice:
         top = {self._service.token_text(index)["token"]: value for index, value in event.top_logprobs or ()}
         offset, self._offset = self._offset, self._offset + len(token)
         # the chosen token is always among the alternatives, as OpenAI has it
+        assert event.logprob is not None
         top.setdefault(token, event.logprob)
         return {
             "tokens": [token],
@@ -75,7 +76,7 @@ async def completions(service: Service, http: HttpRequest) -> Response:
     requests: list[Request] = []
     for prompt in prompts:
         max_tokens = service.budget(prompt, body.max_tokens, "prompt", "max_tokens")
-        for params in service.sampling(body, max_tokens, body.logprobs or 0):
+        for params in service.sampling(body, max_tokens, body.logprobs):
             requests.append(Request(f"{identity}/{len(requests)}", prompt, params))
     choices = {request.id: TextChoice(service, body, index, request) for index, request in enumerate(requests)}
     exchange = service.open(http, requests)

@@ -70,7 +70,7 @@ def load_service(recipe: ServeRecipe) -> Service:
     speculative = recipe.speculative if model.mtp is not None else 0
     if recipe.speculative and not speculative:
         console.note(f"{folder}: no MTP layer, so decoding is plain")
-    engine = Engine(model, max_slots=recipe.max_slots, speculative=speculative)
+    engine = Engine(model, max_slots=recipe.max_slots, speculative=speculative, adaptive=True)
     name = recipe.served_name or Path(recipe.model).resolve().name
     return Service(name, template.tokenizer, template, EngineWorker(engine, recipe.max_queue))
 

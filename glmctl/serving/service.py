@@ -96,8 +96,11 @@ class Service:
             )
         return room if asked is None else asked
 
-    def sampling(self, body: Generation, max_tokens: int, top_logprobs: int) -> list[SamplingParams]:
-        """Parameters of each of the `n` answers to one prompt. Without a seed, every request draws its own."""
+    def sampling(self, body: Generation, max_tokens: int, top_logprobs: int | None) -> list[SamplingParams]:
+        """Parameters of each of the `n` answers to one prompt. Without a seed, every request draws its own.
+
+        top_logprobs None: no log-probabilities at all.
+        """
         seed = secrets.randbits(64) if body.seed is None else body.seed
         return [
             SamplingParams(
@@ -106,9 +109,10 @@ class Service:
                 top_p=1.0 if body.top_p is None else body.top_p,
                 top_k=max(0, body.top_k or 0),
                 min_p=body.min_p or 0.0,
-                stop_ids=self.tokenizer.eos_ids,
+                stop_token_ids=self.tokenizer.eos_ids,
                 seed=seed + index,
-                top_logprobs=top_logprobs,
+                logprobs=top_logprobs is not None,
+                top_logprobs=top_logprobs or 0,
             )
             for index in range(body.n or 1)
         ]

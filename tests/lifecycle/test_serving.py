@@ -564,7 +564,7 @@ def test_stage_asks_its_own_server_and_reports(folder: Path, tmp_path: Path) -> 
 def test_engine_and_server_give_the_same_tokens(client: openai.OpenAI, learnt: GlmMoe, tokenizer: Tokenizer) -> None:
     """Colocated and HTTP generation are one engine: same seed, same text."""
     prompt = tokenizer.encode("def add(")
-    params = SamplingParams(max_tokens=20, temperature=1.3, seed=77, stop_ids=tokenizer.eos_ids)
+    params = SamplingParams(max_tokens=20, temperature=1.3, seed=77, stop_token_ids=tokenizer.eos_ids)
     made = Engine(learnt, max_slots=1, max_length=64).generate([Request("x", prompt, params)])[0]
     tokens = made.tokens[:-1] if made.finish_reason == "stop" else made.tokens
     served = client.completions.create(model="tiny", prompt=prompt, max_tokens=20, temperature=1.3, seed=77)

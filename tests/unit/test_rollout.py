@@ -51,7 +51,7 @@ class ScriptedEngine:
             reason = None
             if not tokens:
                 del self.active[name]
-                stops = next(r for r in self.requests if r.id == name).params.stop_ids
+                stops = next(r for r in self.requests if r.id == name).params.stop_token_ids
                 reason = "stop" if token in stops else "length"
             events.append(Event(name, token, -0.5, reason, 7, None, None))
         return events

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glmctl.engine.logits import Edit, edited
 from glmctl.engine.request import SamplingParams
 from glmctl.engine.sampler import Rows, pick, stream_of, uniforms
 from glmctl.errors import GlmctlError
@@ -108,8 +109,13 @@ def test_top_k_of_one_and_tiny_top_p_are_greedy() -> None:
 
 def test_logprobs_are_of_the_scaled_softmax_before_truncation() -> None:
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(2)) * 3
-    params = [SamplingParams(temperature=0.7, top_k=5), SamplingParams(temperature=0.0), SamplingParams(top_p=0.5)]
+    params = [
+        SamplingParams(temperature=0.7, top_k=5, logprobs=True),
+        SamplingParams(temperature=0.0),
+        SamplingParams(top_p=0.5),
+    ]
     picked = pick(logits, rows_of(*params))
+    assert picked.logprobs is not None
     for row, temperature in enumerate((0.7, 1.0, 1.0)):
         wanted = (logits[row].double() / temperature).log_softmax(-1)[picked.tokens[row]]
         assert picked.logprobs[row].item() == pytest.approx(wanted.item(), abs=1e-5)
@@ -117,8 +123,9 @@ def test_logprobs_are_of_the_scaled_softmax_before_truncation() -> None:
 
 def test_top_logprobs_are_the_likeliest_and_include_what_the_row_asked_for() -> None:
     logits = torch.randn(2, 40, generator=torch.Generator().manual_seed(3))
-    picked = pick(logits, rows_of(SamplingParams(temperature=0.0, top_logprobs=3), SamplingParams()))
+    picked = pick(logits, rows_of(SamplingParams(temperature=0.0, logprobs=True, top_logprobs=3), SamplingParams()))
     assert picked.top is not None
+    assert picked.logprobs is not None
     assert picked.top[0].shape == (2, 3)
     assert picked.top[0][0, 0] == picked.tokens[0]
     assert picked.top[1][0, 0].item() == pytest.approx(picked.logprobs[0].item(), abs=1e-6)
@@ -143,11 +150,68 @@ def test_a_row_does_not_depend_on_its_neighbours(shapes: list[tuple[float, int, 
     assert together == alone
 
 
-def test_the_second_place_of_a_verification_uses_the_next_number() -> None:
-    params = SamplingParams(seed=9)
-    logits = torch.randn(1, 64, generator=torch.Generator().manual_seed(4))
-    both = pick(logits.repeat(2, 1), rows_of(params, drawn=3).doubled()).tokens.tolist()
-    assert both == [pick(logits, rows_of(params, drawn=k)).tokens.item() for k in (3, 4)]
+def edit(row: int = 0, *, output: list[int] | None = None, **kwargs: object) -> Edit:
+    stop_ids = frozenset(kwargs.pop("stop_ids", ()))
+    mask = kwargs.pop("mask", None)
+    prompt = kwargs.pop("prompt", [])
+    return Edit(row, SamplingParams(**kwargs), prompt, output or [], mask, stop_ids)
+
+
+def test_presence_is_taken_off_once_and_frequency_as_often_as_generated() -> None:
+    logits = torch.zeros(2, 6)
+    made = edited(logits, [edit(1, prompt=[5, 5], output=[1, 1, 1, 2], presence_penalty=0.5, frequency_penalty=0.25)])
+    assert made.tolist() == [[0.0] * 6, [0.0, -1.25, -0.75, 0.0, 0.0, 0.0]]
+    assert not logits.any(), "the model's own logits are still needed"
+
+
+def test_repetition_divides_positive_and_multiplies_negative_logits_of_prompt_and_output() -> None:
+    logits = torch.tensor([[2.0, -2.0, 2.0, -2.0, 2.0]])
+    made = edited(logits, [edit(prompt=[0, 0, 1], output=[3], repetition_penalty=2.0)])
+    assert made.tolist() == [[1.0, -4.0, 2.0, -4.0, 2.0]]
+
+
+def test_bias_is_added_and_a_hundred_decides() -> None:
+    logits = torch.tensor([[0.0, 9.0, 3.0]])
+    assert edited(logits, [edit(logit_bias={2: 1.5, 0: -2.0})]).tolist() == [[-2.0, 9.0, 4.5]]
+    greedy = SamplingParams(temperature=0.0)
+    for bias, wanted in (({1: -100}, 2), ({0: 100}, 0)):
+        assert pick(logits, rows_of(greedy), [edit(logit_bias=bias)]).tokens.item() == wanted
+
+
+def test_min_tokens_forbids_the_stop_ids_until_then_unless_nothing_else_is_allowed() -> None:
+    logits = torch.tensor([[5.0, 1.0, 0.0]])
+    greedy = rows_of(SamplingParams(temperature=0.0))
+
+    def chosen(output: list[int], mask: list[bool] | None = None) -> int:
+        allowed = None if mask is None else torch.tensor(mask)
+        one = edit(output=output, mask=allowed, min_tokens=2, stop_ids=[0])
+        return int(pick(logits, greedy, [one]).tokens)
+
+    assert [chosen([]), chosen([1]), chosen([1, 1])] == [1, 1, 0]
+    assert chosen([], [True, False, True]) == 2
+    assert chosen([], [True, False, False]) == 0, "a grammar that is complete wins"
+
+
+def test_a_mask_forbids_whatever_the_other_edits_do() -> None:
+    logits = torch.randn(1, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([False, True] * 4)
+    one = edit(mask=mask, logit_bias={0: 100.0}, repetition_penalty=0.01, prompt=[2])
+    rows = rows_of(*[SamplingParams(temperature=5.0)] * 500)
+    rows.drawn[:] = np.arange(500)
+    edits = [Edit(row, one.params, one.prompt, [], mask, frozenset()) for row in range(500)]
+    assert set(pick(logits.expand(500, -1), rows, edits).tokens.tolist()) <= {1, 3, 5, 7}
+
+
+def test_logprobs_are_the_model_s_own_under_edits() -> None:
+    logits = torch.tensor([[1.0, 2.0, 3.0]])
+    picked = pick(logits, rows_of(SamplingParams(temperature=0.0, logprobs=True)), [edit(logit_bias={0: 50.0})])
+    assert picked.tokens.item() == 0
+    assert picked.logprobs is not None
+    assert picked.logprobs.item() == pytest.approx(logits.log_softmax(-1)[0, 0].item())
+
+
+def test_nobody_wants_logprobs_and_none_are_computed() -> None:
+    assert pick(torch.zeros(2, 4), rows_of(SamplingParams(), SamplingParams())).logprobs is None
 
 
 @pytest.mark.parametrize(
@@ -163,7 +227,16 @@ def test_the_second_place_of_a_verification_uses_the_next_number() -> None:
         ("min_p", 1.0),
         ("min_p", float("nan")),
         ("max_tokens", 0),
+        ("min_tokens", -1),
+        ("min_tokens", 1000),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", float("nan")),
+        ("repetition_penalty", 0.0),
+        ("logit_bias", {3: 101.0}),
+        ("stop", ("a", "")),
+        ("prompt_logprobs", 21),
         ("top_logprobs", 21),
+        ("top_logprobs", 1),
     ],
 )
 def test_parameters_out_of_range_are_refused_by_name(field: str, value: float) -> None:
