@@ -75,6 +75,7 @@ def main() -> None:
         rows = []
         for turn in range(args.repeat):
             rows.append({"program": "glmctl", **ours(home, turn, args.workers)})
+            print(rows[-1], file=sys.stderr)
             if args.datatrove:
                 rows.append({"program": "datatrove", **theirs(home, turn, args.workers, args.datatrove)})
         report(rows, size, documents, args)

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -18,12 +19,14 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import glmctl
 from glmctl import console
 from glmctl.data.units import Unit
 from glmctl.errors import DataError, EnvironmentProblem, RecipeError
 from glmctl.run import atomic
 
 WORKERS_VARIABLE = "GLMCTL_WORKERS"
+_ROOT = str(Path(glmctl.__file__).parents[1])
 POOL_BYTES = 32 * 1024 * 1024
 """less text than this is done sooner than processes are started, unless workers were asked for"""
 
@@ -68,9 +71,10 @@ class Passes:
                 _do(work, folders[number], arguments(number))
                 yield number
             return
-        waiting: dict[Future[None], int] = {
-            self._pool.submit(_do, work, folders[number], arguments(number)): number for number in todo
-        }
+        with _findable():  # submitting is what starts the processes
+            waiting: dict[Future[None], int] = {
+                self._pool.submit(_do, work, folders[number], arguments(number)): number for number in todo
+            }
         try:
             for future in as_completed(waiting):
                 future.result()
@@ -94,7 +98,9 @@ def opened(home: Path, key: str, units: Sequence[Unit]) -> Iterator[Passes]:
     if count > 1 and len(units) > 1 and big:
         # spawned, not forked: the tokenizer's threads would not survive a fork
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(min(count, len(units)), mp_context=context, initializer=_start_worker)
+        pool = ProcessPoolExecutor(
+            min(count, len(units)), mp_context=context, initializer=_start_worker, initargs=(sys.path,)
+        )
     try:
         yield Passes(folder, units, pool)
     except (DataError, RecipeError):
@@ -134,8 +140,26 @@ def _is_done(folder: Path) -> bool:
     return True
 
 
-def _start_worker() -> None:
+@contextmanager
+def _findable() -> Iterator[None]:
+    """Put the folder that holds glmctl on the path that started processes inherit.
+
+    `python -m glmctl` takes a checkout's root off its own path, because of the names at that root; without it a worker
+    could not import what it is to do. The worker takes it off again.
+    """
+    added = _ROOT not in sys.path
+    if added:
+        sys.path.append(_ROOT)
+    try:
+        yield
+    finally:
+        if added:
+            sys.path.remove(_ROOT)
+
+
+def _start_worker(path: list[str]) -> None:
     """One thread a worker, Ctrl-C left to the parent, and no life after the parent's."""
+    sys.path[:] = path
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = "1"
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -18,7 +18,9 @@ RECIPE = """\
 type: data
 name: d
 tokenizer: tokenizer
-sources: [{type: jsonl, domain: web, paths: [rows.jsonl]}]
+sources:
+  - {type: jsonl, domain: web, paths: [rows.jsonl]}
+  - {type: jsonl, domain: more, paths: [more.jsonl]}
 stages:
   - {type: web_rules, min_words: 5}
   - {type: exact}
@@ -37,6 +39,7 @@ def test_a_life_of_a_data_set(
     rows = [f"This is the text of page number {i}, which says something." for i in range(40)]
     rows += ["Too short.", rows[3]]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps({"text": f"More: {row}"}) + "\n" for row in rows[:30]))
     (tmp_path / "r.yaml").write_text(RECIPE)
     made = cli("data", "prepare", "r.yaml", "--workers", "2", "--json")
     assert made.returncode == 0, made.stderr
@@ -54,8 +57,8 @@ def test_a_life_of_a_data_set(
     assert "web_rules: too few words" in stats
     assert json.loads(said("stats", "runs/d", "--json"))["duplicates"] == {"exact": 1}
 
-    way = said("inspect", "runs/d", "--find", "page number 3,")
-    assert way.count("-> in") == 1
+    way = said("inspect", "runs/d", "--find", "This is the text of page number 3,")
+    assert way.count("-> in") == 2  # and what `more` makes of it
     assert "like rows.jsonl:4, which came first" in way
     short = json.loads(said("inspect", "runs/d", "--find", "Too short", "--json"))
     assert short["documents"][0]["steps"][0]["verdict"] == "dropped"
