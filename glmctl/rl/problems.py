@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from glmctl import console
@@ -21,6 +22,9 @@ from glmctl.run.directory import Run
 def run(recipe: ProblemsRecipe, run: Run) -> dict[str, Any]:
     """Write train.jsonl, heldout.jsonl (disjoint by prompt) and cold_start.jsonl into the run's export folder.
 
+    A task with tools also gets undeclared.jsonl: every training problem demonstrated without the declarations of its
+    tools. Most of a tool conversation is the same declarations again; without them the same tokens of mid-training hold
+    several times as many arguments copied from question to call, which is the skill that a small model learns last.
     The same recipe writes the same bytes. Raises RecipeError when the task has too few different problems.
     """
     if recipe.cold_start > recipe.train:
@@ -32,6 +36,9 @@ def run(recipe: ProblemsRecipe, run: Run) -> dict[str, Any]:
         atomic.write_text(folder / "train.jsonl", _lines(problem.to_row() for problem in train))
         atomic.write_text(folder / "heldout.jsonl", _lines(problem.to_row() for problem in heldout))
         atomic.write_text(folder / "cold_start.jsonl", _lines(demonstrations))
+        if any("tools" in row for row in demonstrations):
+            bare = (replace(show(problem, recipe), tools=None).row() for problem in train)
+            atomic.write_text(folder / "undeclared.jsonl", _lines(bare))
     console.note(f"{recipe.task.type}: for example {train[0].prompt!r} -> {train[0].answer}")
     return {"train": len(train), "heldout": len(heldout), "cold_start": len(demonstrations), "task": recipe.task.type}
 

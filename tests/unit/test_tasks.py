@@ -117,23 +117,23 @@ def test_a_right_answer_without_the_lookups_earns_nothing() -> None:
 
 def test_other_lookups_do_not_stand_in_for_the_needed_ones() -> None:
     problem = next(p for p in make("tool_use", 50) if p.state["kind"] == "stock")
-    other = next(shop for shop in tool_use.SHOPS if shop != problem.state["shop"])
+    other = next(shop for shop in tool_use.CODES if shop != problem.state["shop"])
     episode = environment(problem)
     episode.reset()
-    assert not episode.step(call("stock", item=problem.state["item"], shop=other)).done
+    assert not episode.step(call("stock", item=problem.state["item"], shop=other, day=problem.state["day"])).done
     assert episode.step(answer(str(problem.answer))).reward == 0.0
 
 
 @pytest.mark.parametrize(
     "turn",
     [
-        call("stok", item="47", shop="3"),
-        call("stock", item="47"),
-        call("stock", item="47", shop="3", when="now"),
-        call("stock", item="47", shop=3),
-        call("price", item="47", count="3"),
-        call("price", item="47", count=True),
-        call("price", item="47", count=3.0),
+        call("stok", item="4", shop="3", day="1"),
+        call("stock", item="4", day="1"),
+        call("stock", item="4", shop="3", day="1", when="now"),
+        call("stock", item="4", shop=3, day="1"),
+        call("price", item="4", shop="3", count="3"),
+        call("price", item="4", shop="3", count=True),
+        call("price", item="4", shop="3", count=3.0),
         call("shop"),
         {**call("shop"), "tool_calls": [{"function": {"name": "shop", "arguments": ["Ann"]}}]},
     ],
@@ -148,13 +148,13 @@ def test_a_call_that_breaks_the_protocol_halts_with_reward_zero(turn: dict) -> N
 
 def test_parallel_calls_are_answered_in_order_and_one_bad_call_halts_them_all() -> None:
     problem = make("tool_use", 1)[0]
-    both = call("shop", owner="23")
-    both["tool_calls"] += call("price", item="47", count=2)["tool_calls"]
+    both = call("shop", owner="2")
+    both["tool_calls"] += call("price", item="4", shop="3", count=2)["tool_calls"]
     episode = environment(problem)
     episode.reset()
     transition = episode.step(both)
     assert [m["role"] for m in transition.messages] == ["tool", "tool"]
-    assert transition.messages[0]["content"] in tool_use.SHOPS
+    assert transition.messages[0]["content"] in tool_use.CODES
     both["tool_calls"] += call("nothing")["tool_calls"]
     assert episode.step(both).stop is StopReason.MALFORMED
 
@@ -163,8 +163,8 @@ def test_unknown_values_are_an_observation_not_an_end() -> None:
     episode = environment(make("tool_use", 1)[0])
     episode.reset()
     for turn in (
-        call("stock", item="unicorn", shop="3"),
-        call("price", item="47", count=10**30),
+        call("stock", item="unicorn", shop="3", day="1"),
+        call("price", item="4", shop="3", count=10**30),
         call("shop", owner="?"),
     ):
         transition = episode.step(turn)
@@ -222,7 +222,7 @@ def test_a_damaged_problem_file_is_named_with_its_line(tmp_path, line: str, what
 
 def test_a_tool_use_problem_without_its_state_is_bad_data() -> None:
     with pytest.raises(DataError, match="state"):
-        environment(Problem("x", "tool_use", "Stock of 47 in shop 3?", 1, {"kind": "stock", "seed": 1}))
+        environment(Problem("x", "tool_use", "Stock of item 4 in shop 3 on day 1?", 1, {"kind": "stock", "seed": 1}))
 
 
 @pytest.mark.parametrize("task", SPECS)

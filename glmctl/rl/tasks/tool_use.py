@@ -19,11 +19,10 @@ from glmctl.rl.seeds import derive_seed
 from glmctl.rl.tasks.arithmetic import parse_integer
 from glmctl.rl.tasks.function_calls import call_problem, end_to_end_reward, same_call
 
-# codes, not words: digits are single tokens that a model of any size can copy, which is what tool arguments are about
-ITEMS = tuple(str(code) for code in range(10, 100))
-SHOPS = tuple("0123456789")
-OWNERS = tuple(str(code) for code in range(10, 100))
-KINDS = {"stock": ("item", "shop"), "price": ("item", "count"), "local": ("item", "owner")}
+# One digit each, and each after its own word: a digit is a single token, so passing an argument on is one look back,
+# which a model of any size can learn in minutes. Words, and codes of several digits, were tried and take far longer.
+CODES = tuple("0123456789")
+KINDS = {"stock": ("item", "shop", "day"), "price": ("item", "shop", "count"), "local": ("item", "owner", "day")}
 """the kinds of question, and what the state of a problem holds for each"""
 MOST_PIECES = 1_000_000
 """more than any question asks for; keeps a runaway argument from becoming a number nobody can print"""
@@ -40,8 +39,8 @@ def _tool(name: str, /, **parameters: str) -> Tool:
 
 # short on purpose: their JSON stands in every prompt
 TOOLS = [
-    _tool("stock", item="string", shop="string"),
-    _tool("price", item="string", count="integer"),
+    _tool("stock", item="string", shop="string", day="string"),
+    _tool("price", item="string", shop="string", count="integer"),
     _tool("shop", owner="string"),
 ]
 
@@ -52,23 +51,23 @@ class Shop:
     def __init__(self, seed: int, max_value: int) -> None:
         self.seed, self.max_value = seed, max_value
 
-    def stock(self, item: str, shop: str) -> str:
-        """Pieces of `item` in `shop`, 0..max_value."""
-        if item not in ITEMS or shop not in SHOPS:
-            return "error: no such item or shop"
-        return str(derive_seed(self.seed, "stock", item, shop) % (self.max_value + 1))
+    def stock(self, item: str, shop: str, day: str) -> str:
+        """Pieces of `item` in `shop` on `day`, 0..max_value."""
+        if not {item, shop, day} <= set(CODES):
+            return "error: no such item, shop or day"
+        return str(derive_seed(self.seed, "stock", item, shop, day) % (self.max_value + 1))
 
-    def price(self, item: str, count: int) -> str:
-        """What `count` pieces cost: count times a unit price in 1..max_value."""
-        if item not in ITEMS or not 1 <= count <= MOST_PIECES:
-            return "error: no such item or count"
-        return str(count * (1 + derive_seed(self.seed, "price", item) % self.max_value))
+    def price(self, item: str, shop: str, count: int) -> str:
+        """What `count` pieces cost in `shop`: count times a unit price in 1..max_value."""
+        if not {item, shop} <= set(CODES) or not 1 <= count <= MOST_PIECES:
+            return "error: no such item, shop or count"
+        return str(count * (1 + derive_seed(self.seed, "price", item, shop) % self.max_value))
 
     def shop(self, owner: str) -> str:
         """The shop that `owner` has."""
-        if owner not in OWNERS:
+        if owner not in CODES:
             return "error: no such owner"
-        return SHOPS[derive_seed(self.seed, "shop", owner) % len(SHOPS)]
+        return CODES[derive_seed(self.seed, "shop", owner) % len(CODES)]
 
     def run(self, call: dict[str, Any]) -> str:
         """The result of a call that `call_problem` has found in order."""
@@ -81,7 +80,7 @@ def generate(spec: ToolUseTask, count: int, rng: random.Random) -> list[Problem]
 
     Raises RecipeError when more are asked for than the shop can tell apart.
     """
-    most = len(ITEMS) * (len(SHOPS) + len(OWNERS) + max(spec.max_value - 1, 0))
+    most = len(CODES) ** 2 * (2 * len(CODES) + max(spec.max_value - 1, 0))
     if count > most // 2:
         raise RecipeError(f"task: at most {most // 2} tool_use problems with max_value {spec.max_value}, not {count}")
     prompts: dict[str, Problem] = {}
@@ -92,16 +91,18 @@ def generate(spec: ToolUseTask, count: int, rng: random.Random) -> list[Problem]
 
 
 def demonstrate(problem: Problem) -> Conversation:
-    """The scripted solution: the calls one after another, each with a word of reasoning, then the number."""
+    """The scripted solution: the calls one after another, each announced in the reasoning, then the number."""
     shop = _shop(problem)
     messages: list[Message] = [{"role": "user", "content": problem.prompt}]
     result = ""
     for call in expected_calls(problem):
-        turn = {"role": "assistant", "reasoning_content": call["name"], "content": ""}
+        # saying the arguments once before they are passed doubles what a copy head gets to learn from
+        plan = " ".join([call["name"], *(str(value) for value in call["arguments"].values())])
+        turn = {"role": "assistant", "reasoning_content": plan, "content": ""}
         messages.append({**turn, "tool_calls": [{"type": "function", "function": call}]})
         result = shop.run(call)
         messages.append({"role": "tool", "content": result})
-    messages.append({"role": "assistant", "reasoning_content": "done", "content": result})
+    messages.append({"role": "assistant", "reasoning_content": f"result {result}", "content": result})
     return Conversation(messages=messages, tools=TOOLS)
 
 
@@ -145,13 +146,17 @@ def expected_calls(problem: Problem) -> list[dict[str, Any]]:
     """The calls `{name, arguments}` that the question needs, in order."""
     state, shop = problem.state, _shop(problem)
     if state["kind"] == "price":
-        return [{"name": "price", "arguments": {"item": state["item"], "count": state["count"]}}]
+        return [_call("price", item=state["item"], shop=state["shop"], count=state["count"])]
     if state["kind"] == "stock":
-        return [{"name": "stock", "arguments": {"item": state["item"], "shop": state["shop"]}}]
+        return [_call("stock", item=state["item"], shop=state["shop"], day=state["day"])]
     return [
-        {"name": "shop", "arguments": {"owner": state["owner"]}},
-        {"name": "stock", "arguments": {"item": state["item"], "shop": shop.shop(state["owner"])}},
+        _call("shop", owner=state["owner"]),
+        _call("stock", item=state["item"], shop=shop.shop(state["owner"]), day=state["day"]),
     ]
+
+
+def _call(name: str, /, **arguments: Any) -> dict[str, Any]:
+    return {"name": name, "arguments": arguments}
 
 
 def _shop(problem: Problem) -> Shop:
@@ -162,17 +167,17 @@ def _shop(problem: Problem) -> Shop:
 
 
 def _draw(spec: ToolUseTask, rng: random.Random) -> Problem:
-    kind, item = rng.choice(list(KINDS)), rng.choice(ITEMS)
+    kind, item = rng.choice(list(KINDS)), rng.choice(CODES)
     state: dict[str, Any] = {"kind": kind, "item": item, "seed": rng.getrandbits(32), "max_value": spec.max_value}
     if kind == "price":
-        state["count"] = rng.randint(2, max(2, spec.max_value))
-        prompt = f"Price of {state['count']} pieces of {item}?"
+        state |= {"shop": rng.choice(CODES), "count": rng.randint(2, max(2, spec.max_value))}
+        prompt = f"Price of item {item} in shop {state['shop']}, count {state['count']}?"
     elif kind == "stock":
-        state["shop"] = rng.choice(SHOPS)
-        prompt = f"Stock of {item} in shop {state['shop']}?"
+        state |= {"shop": rng.choice(CODES), "day": rng.choice(CODES)}
+        prompt = f"Stock of item {item} in shop {state['shop']} on day {state['day']}?"
     else:
-        state["owner"] = rng.choice(OWNERS)
-        prompt = f"Stock of {item} with owner {state['owner']}?"
+        state |= {"owner": rng.choice(CODES), "day": rng.choice(CODES)}
+        prompt = f"Stock of item {item} with owner {state['owner']} on day {state['day']}?"
     unsolved = Problem(f"tool_use/{prompt}", "tool_use", prompt, 0, state)
     answer = int(_shop(unsolved).run(expected_calls(unsolved)[-1]))
     return Problem(unsolved.id, unsolved.task, prompt, answer, state)
