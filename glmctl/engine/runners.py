@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
@@ -16,8 +16,8 @@ from glmctl.engine.torch_runner import TorchRunner
 from glmctl.errors import EnvironmentProblem, GlmctlError, unknown
 from glmctl.kernels.cpu.library import library
 from glmctl.model.network import GlmMoe
+from glmctl.recipe.use import RunnerName
 
-RunnerName = Literal["auto", "torch", "native", "native-bf16", "native-int8"]
 MakeRunner = Callable[[GlmMoe, PagedCache], Runner]
 
 

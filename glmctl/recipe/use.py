@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from glmctl.recipe.sections import RecipeBase, Sampling
 
+RunnerName = Literal["auto", "torch", "native", "native-bf16", "native-int8"]
+"""who computes the engine's steps, and for the native ones in which format the weights are (docs/native-decoder.md)"""
+
 
 class EvalRecipe(RecipeBase):
     """lm-eval over one or several models; tasks are lm-eval names, our own offline ones, or problem files."""
@@ -67,6 +70,7 @@ class ServeRecipe(RecipeBase):
     served_name: str | None = None
     max_slots: int = Field(16, gt=0)
     max_queue: int = Field(64, gt=0)
+    runner: RunnerName = Field("auto", description="auto = native code for an fp32 model on a CPU, else torch")
     speculative: int = Field(1, ge=0, le=3, description="tokens drafted by the MTP layer")
     ask: list[str] = Field([], description="questions to answer through the official client before stopping")
     ask_problems: list[str] = Field([], description="problem files; the first problem of each is asked too")

@@ -11,6 +11,7 @@ from typing import Any
 from glmctl import console
 from glmctl.data.chat import ChatTemplate
 from glmctl.engine.engine import Engine
+from glmctl.engine.runners import runner_named
 from glmctl.errors import Interrupted, RecipeError
 from glmctl.model.folder import load_model
 from glmctl.recipe.schema import ServeRecipe
@@ -70,7 +71,8 @@ def load_service(recipe: ServeRecipe) -> Service:
     speculative = recipe.speculative if model.mtp is not None else 0
     if recipe.speculative and not speculative:
         console.note(f"{folder}: no MTP layer, so decoding is plain")
-    engine = Engine(model, max_slots=recipe.max_slots, speculative=speculative, adaptive=True)
+    runner = runner_named(recipe.runner)
+    engine = Engine(model, max_slots=recipe.max_slots, speculative=speculative, adaptive=True, runner=runner)
     name = recipe.served_name or Path(recipe.model).resolve().name
     return Service(name, template.tokenizer, template, EngineWorker(engine, recipe.max_queue))
 

@@ -110,7 +110,7 @@ static void attend(const Config& c, const Batch& b, const Run& run, int kv_head,
     Matrix rows{keys + place, nullptr, piece, d, FP32};
     for (int q = from; q < queries; q += BLOCK) {
       int count = std::min(BLOCK, queries - q);
-      panel(rows, query.data() + q, count, scores.data() + static_cast<long>(q) * PANEL, nullptr, false);
+      panel(rows, query.data() + q, count, scores.data() + static_cast<long>(q) * PANEL, nullptr);
     }
     for (int q = from; q < queries; q++) {
       int seen = static_cast<int>(std::min<int64_t>(piece, position[q / shared] - start + 1));

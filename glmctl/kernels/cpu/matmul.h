@@ -48,7 +48,7 @@ struct Row<BF16> {
   const uint16_t* p;
   Row() = default;
   Row(const Matrix& m, int row) : p(static_cast<const uint16_t*>(m.data) + static_cast<long>(row) * m.cols) {}
-  vf at(int k) const { return (vf)(__builtin_convertvector(load_as<vh>(p + k), vu) << 16); }
+  vf at(int k) const { return widen_bf16(p + k); }
   float one(int k) const { return bf16_to_float(p[k]); }
 };
 
@@ -60,9 +60,7 @@ struct Row<INT8> {
   Row(const Matrix& m, int row)
       : p(static_cast<const int8_t*>(m.data) + static_cast<long>(row) * m.cols),
         scale(m.scale + static_cast<long>(row) * m.groups()) {}
-  vf at(int k) const {
-    return __builtin_convertvector(__builtin_convertvector(load_as<vb>(p + k), vi), vf) * scale[k / GROUP];
-  }
+  vf at(int k) const { return widen_int8(p + k) * scale[k / GROUP]; }
   float one(int k) const { return static_cast<float>(p[k]) * scale[k / GROUP]; }
 };
 
@@ -159,12 +157,11 @@ static void widen_rows(const Matrix& m, float* to) {
 
 constexpr int WIDEN_FROM = 12;  // tokens from which narrow weights are widened once rather than in every tile
 
-// m (at most PANEL rows) times n <= BLOCK tokens; out[token * PANEL + row]. `wide` holds PANEL * cols floats; when
-// `widened`, it already holds this panel.
-static void panel(const Matrix& m, const float* const* x, int n, float* out, float* wide, bool widened) {
+// m (at most PANEL rows) times n <= BLOCK tokens; out[token * PANEL + row]. `wide` has room for PANEL * cols floats.
+static void panel(const Matrix& m, const float* const* x, int n, float* out, float* wide) {
   if (m.format == FP32) return panel_of<FP32>(m, x, n, out);
-  if (n < WIDEN_FROM && !widened) return m.format == BF16 ? panel_of<BF16>(m, x, n, out) : panel_of<INT8>(m, x, n, out);
-  if (!widened) m.format == BF16 ? widen_rows<BF16>(m, wide) : widen_rows<INT8>(m, wide);
+  if (n < WIDEN_FROM) return m.format == BF16 ? panel_of<BF16>(m, x, n, out) : panel_of<INT8>(m, x, n, out);
+  m.format == BF16 ? widen_rows<BF16>(m, wide) : widen_rows<INT8>(m, wide);
   Matrix as_fp32 = m;
   as_fp32.format = FP32;
   as_fp32.data = wide;

@@ -23,9 +23,12 @@ struct Job {
   float* y;  // rows 0..count-1
   long y_width;
   long first_item;
+  int item_rows;
 };
 
-constexpr int JOB_ROWS = 32;  // rows of weights that one item computes
+// Rows of weights that one item computes. Many tokens are read again for every item, few are not: then small items
+// share the work more evenly.
+constexpr int ITEM_ROWS = 2 * PANEL, WIDE_ITEM_ROWS = 4 * PANEL;
 
 class Model {
  public:
@@ -258,8 +261,9 @@ class Model {
 
   void add_job(const Matrix& weight, const Matrix& up, const float* bias, const float* x, long x_width,
                const int* tokens, int count, float* y, long y_width) {
-    jobs_.push_back({weight, up, bias, x, x_width, tokens, count, y, y_width, items_});
-    items_ += (weight.rows + JOB_ROWS - 1) / JOB_ROWS;
+    int item_rows = count > BLOCK && weight.rows >= WIDE_ITEM_ROWS * 4 * pool_->threads() ? WIDE_ITEM_ROWS : ITEM_ROWS;
+    jobs_.push_back({weight, up, bias, x, x_width, tokens, count, y, y_width, items_, item_rows});
+    items_ += (weight.rows + item_rows - 1) / item_rows;
   }
 
   // `add` says which products, by add_job; their rows of weights are shared among the threads
@@ -272,24 +276,24 @@ class Model {
       return items_;
     }, [&](int item) {
       auto next = std::upper_bound(jobs_.begin(), jobs_.end(), item, [](long i, const Job& j) { return i < j.first_item; });
-      do_item(t, *(next - 1), static_cast<int>(item - (next - 1)->first_item) * JOB_ROWS);
+      const Job& job = *(next - 1);
+      do_item(t, job, static_cast<int>(item - job.first_item) * job.item_rows);
     });
   }
 
   void do_item(int t, const Job& job, int top) {
-    const int end = std::min(top + JOB_ROWS, job.weight.rows);
+    const int end = std::min(top + job.item_rows, job.weight.rows);
     const bool pair = job.up.data;
-    float* wide = wide_[t].fit(2 * PANEL * job.weight.cols);
+    float* wide = wide_[t].fit(PANEL * job.weight.cols);
     float first[BLOCK * PANEL], second[BLOCK * PANEL];
     const float* x[BLOCK];
-    for (int row = top; row < end; row += PANEL) {
-      int height = std::min(PANEL, end - row);
-      Matrix a = job.weight.from(row, height), u = pair ? job.up.from(row, height) : Matrix{};
-      for (int from = 0; from < job.count; from += BLOCK) {
-        int n = std::min(BLOCK, job.count - from);
-        for (int i = 0; i < n; i++) x[i] = job.x + (job.tokens ? job.tokens[from + i] : from + i) * job.x_width;
-        panel(a, x, n, first, wide, from > 0);
-        if (pair) panel(u, x, n, second, wide + PANEL * job.weight.cols, from > 0);
+    for (int from = 0; from < job.count; from += BLOCK) {
+      int n = std::min(BLOCK, job.count - from);
+      for (int i = 0; i < n; i++) x[i] = job.x + (job.tokens ? job.tokens[from + i] : from + i) * job.x_width;
+      for (int row = top; row < end; row += PANEL) {
+        int height = std::min(PANEL, end - row);
+        panel(job.weight.from(row, height), x, n, first, wide);
+        if (pair) panel(job.up.from(row, height), x, n, second, wide);
         for (int i = 0; i < n; i++) {
           float* y = job.y + (from + i) * job.y_width + row;
           const float* made = first + i * PANEL;
@@ -305,43 +309,52 @@ class Model {
   // x += plain product of all rows + weighted products of the experts' rows, a few of x's columns at a time, so that
   // each column is summed by one thread: the plain product first, then the experts in the order of their number.
   void accumulate(int t, long plain_width, const Matrix& plain, const float* plain_x, const Matrix& experts) {
-    pool_->phase(t, [&] { return (c.hidden + PANEL - 1) / PANEL; }, [&](int item) {
-      const int row = item * PANEL;
-      const int height = std::min<int>(PANEL, static_cast<int>(c.hidden) - row);
-      float* sums = clear_sums();
-      if (plain_width)
-        add_product(t, plain.from(row, height), plain_x, plain_width, nullptr, nullptr, b.rows, sums);
+    const int D = static_cast<int>(c.hidden);
+    const int columns = b.rows > BLOCK && D >= WIDE_ITEM_ROWS * 2 * pool_->threads() ? WIDE_ITEM_ROWS : PANEL;
+    pool_->phase(t, [&] { return (D + columns - 1) / columns; }, [&](int item) {
+      const int first = item * columns, end = std::min(first + columns, D);
+      std::vector<float>& sums = sums_of_thread();
+      sums.assign(static_cast<size_t>(b.rows) * columns, 0.f);
+      auto each_panel = [&](auto add) {
+        for (int row = first; row < end; row += PANEL)
+          add(row, std::min(PANEL, end - row), sums.data() + static_cast<long>(row - first) * b.rows);
+      };
+      if (plain_width) add_product(t, plain, 0, plain_x, plain_width, nullptr, nullptr, b.rows, each_panel);
       if (experts.data)
         for (const Group& g : groups_)
-          add_product(t, experts.from(g.expert * c.hidden + row, height), routed_.data() + g.first * c.expert_width,
-                      c.expert_width, sorted_token_.data() + g.first, sorted_weight_.data() + g.first, g.count, sums);
-      for (int n = 0; n < b.rows; n++)
-        for (int r = 0; r < height; r++) x_.data()[n * c.hidden + row + r] += sums[n * PANEL + r];
+          add_product(t, experts, g.expert * D, routed_.data() + g.first * c.expert_width, c.expert_width,
+                      sorted_token_.data() + g.first, sorted_weight_.data() + g.first, g.count, each_panel);
+      each_panel([&](int row, int height, const float* sum) {
+        for (int n = 0; n < b.rows; n++)
+          for (int r = 0; r < height; r++) x_.data()[n * D + row + r] += sum[n * PANEL + r];
+      });
     });
   }
 
-  // sums[token] += weight * (m x), or = m x where there are no weights
-  void add_product(int t, const Matrix& m, const float* inputs, long width, const int* tokens, const float* weights,
-                   int count, float* sums) {
-    float* wide = wide_[t].fit(2 * PANEL * m.cols);
+  // sum[token] += weight * (m x), or = m x where there are no weights, for each panel of rows; `base` is row 0 of m
+  template <class EachPanel>
+  void add_product(int t, const Matrix& m, long base, const float* inputs, long width, const int* tokens,
+                   const float* weights, int count, EachPanel each_panel) {
+    float* wide = wide_[t].fit(PANEL * m.cols);
     float made[BLOCK * PANEL];
     const float* x[BLOCK];
     for (int from = 0; from < count; from += BLOCK) {
       int n = std::min(BLOCK, count - from);
       for (int i = 0; i < n; i++) x[i] = inputs + (from + i) * width;
-      panel(m, x, n, made, wide, from > 0);
-      for (int i = 0; i < n; i++) {
-        float* to = sums + static_cast<long>(tokens ? tokens[from + i] : from + i) * PANEL;
-        float factor = weights ? weights[from + i] : 1.f;
-        for (int r = 0; r < m.rows; r++) to[r] += factor * made[i * PANEL + r];
-      }
+      each_panel([&](int row, int height, float* sum) {
+        panel(m.from(base + row, height), x, n, made, wide);
+        for (int i = 0; i < n; i++) {
+          float* to = sum + static_cast<long>(tokens ? tokens[from + i] : from + i) * PANEL;
+          float factor = weights ? weights[from + i] : 1.f;
+          for (int r = 0; r < height; r++) to[r] += factor * made[i * PANEL + r];
+        }
+      });
     }
   }
 
-  float* clear_sums() {
+  static std::vector<float>& sums_of_thread() {
     thread_local std::vector<float> sums;
-    sums.assign(static_cast<size_t>(b.rows) * PANEL, 0.f);
-    return sums.data();
+    return sums;
   }
 
   struct Group {

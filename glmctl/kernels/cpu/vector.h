@@ -40,6 +40,26 @@ static inline float bf16_to_float(uint16_t bits) {
   return x;
 }
 
+// W narrow weights as floats. In intrinsics because gcc 12 takes a conversion between vectors of unlike width apart.
+static inline vf widen_bf16(const uint16_t* p) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+  return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16);
+#endif
+}
+static inline vf widen_int8(const int8_t* p) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  return __builtin_convertvector(__builtin_convertvector(load_as<vb>(p), vi), vf);
+#endif
+}
+
 // W floats at p, or `count` of them and zeros
 static inline vf load_part(const float* p, int count) {
   float part[W] = {};
