@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from glmctl.kernels.fused import attention as fused
 from glmctl.kernels.registry import op, variant
 
 
 def causal_attention(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
     """Every position sees itself and all earlier ones of its row. Returns [B, T, H, d]."""
+    if fused.usable(q_BTHd, k_BTKd, v_BTKd):
+        B, T = q_BTHd.shape[:2]
+        return fused.documents(q_BTHd, k_BTKd, v_BTKd, torch.arange(B) * T, torch.full((B,), T))
     out_BHTd = F.scaled_dot_product_attention(
         q_BTHd.transpose(1, 2),
         k_BTKd.transpose(1, 2),
@@ -47,6 +51,9 @@ class Segments(NamedTuple):
     place_N: Tensor
     """padded place of each flat token; padding points at the extra zero row after the last place"""
     documents_BT: Tensor
+    start_S: Tensor
+    """flat first token of each document, the longest first; on the CPU"""
+    length_S: Tensor
 
 
 def find_segments(documents_BT: Tensor) -> Segments:
@@ -75,7 +82,8 @@ def find_segments(documents_BT: Tensor) -> Segments:
     places[places < 0] = offset
     source_P = torch.cat(sources) if sources else torch.zeros(0, dtype=torch.int64)
     device = documents_BT.device
-    return Segments(buckets, source_P.to(device), places.to(device), documents_BT)
+    by_length = torch.argsort(length, descending=True, stable=True)
+    return Segments(buckets, source_P.to(device), places.to(device), documents_BT, start[by_length], length[by_length])
 
 
 def _round_up(length: int) -> int:
@@ -107,13 +115,15 @@ def masked(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, segments: Segments) -
     return out * (ids >= 0)[..., None, None]
 
 
-@variant("attention", "buckets", devices=("cpu", "cuda"))
-def in_buckets(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, segments: Segments) -> Tensor:
-    """Documents gathered into padded batches of similar length, each plainly causal: no mask, no wasted rows.
+@variant("attention", "documents", devices=("cpu", "cuda"))
+def by_document(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, segments: Segments) -> Tensor:
+    """Compiled where it can be; else documents gathered into padded batches of similar length, each plainly causal.
 
     Padding lies behind a document's end, where causality hides it. The work is proportional to the sum of
     squared document lengths instead of B T^2.
     """
+    if fused.usable(q_BTHd, k_BTKd, v_BTKd):
+        return fused.documents(q_BTHd, k_BTKd, v_BTKd, segments.start_S, segments.length_S)
     B, T, H, d = q_BTHd.shape
     padded = [_regroup(x.reshape(B * T, -1), segments) for x in (q_BTHd, k_BTKd, v_BTKd)]
     # split, not slices: the backward of n slices is n full-size zero tensors

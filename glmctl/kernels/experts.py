@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from glmctl.kernels.fused import passes
 from glmctl.kernels.registry import op, variant
 
 ALL_EXPERTS_BYTES = 1536 << 10
@@ -77,7 +78,7 @@ class _Order(NamedTuple):
     slot_S: Tensor
     """sorted place -> place in the flattened [N, k]"""
     place_NK: Tensor
-    """place in the flattened [N, k] -> sorted place"""
+    """sorted place of each token's choices"""
     runs: list[tuple[int, int, int]]
     """(expert, first, last + 1) of each expert that has tokens"""
 
@@ -89,33 +90,24 @@ def _sort(index_NK: Tensor, n_experts: int) -> _Order:
     place[slot_S] = torch.arange(slot_S.numel(), device=flat.device)
     ends = torch.bincount(flat, minlength=n_experts).cumsum(0).tolist()
     runs = [(e, a, b) for e, (a, b) in enumerate(zip([0, *ends], ends, strict=False)) if b > a]
-    return _Order(slot_S // index_NK.shape[1], slot_S, place, runs)
-
-
-def _combine(rows_SD: Tensor, order: _Order, top_k: int) -> Tensor:
-    """Sum the k rows of each token: [S, D] -> [N, D]."""
-    place_NK = order.place_NK.view(-1, top_k)
-    total = rows_SD.index_select(0, place_NK[:, 0])
-    for k in range(1, top_k):
-        total += rows_SD.index_select(0, place_NK[:, k])
-    return total
+    return _Order(slot_S // index_NK.shape[1], slot_S, place.view_as(index_NK), runs)
 
 
 def _forward(
     x_ND: Tensor, order: _Order, weight_NK: Tensor, gate_up_EGD: Tensor, down_EDI: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns y [N, D] and what the backward needs: sorted inputs, gate and up, sorted weights."""
-    x_SD = x_ND.index_select(0, order.token_S)
+    x_SD = passes.gather_sum(x_ND, order.token_S[:, None])
     gate_up_SG = x_ND.new_empty(x_SD.shape[0], gate_up_EGD.shape[1])
     for e, a, b in order.runs:
         torch.mm(x_SD[a:b], gate_up_EGD[e].t(), out=gate_up_SG[a:b])
-    weight_S1 = weight_NK.reshape(-1).index_select(0, order.slot_S).unsqueeze(1)
+    weight_S = weight_NK.reshape(-1).index_select(0, order.slot_S)
     gate, up = gate_up_SG.chunk(2, dim=-1)
-    hidden_SI = F.silu(gate).mul_(up).mul_(weight_S1)
+    hidden_SI = passes.swiglu(gate, up, weight_S)
     out_SD = torch.empty_like(x_SD)
     for e, a, b in order.runs:
         torch.mm(hidden_SI[a:b], down_EDI[e].t(), out=out_SD[a:b])
-    return _combine(out_SD, order, weight_NK.shape[1]), x_SD, gate_up_SG, weight_S1
+    return passes.gather_sum(out_SD, order.place_NK), x_SD, gate_up_SG, weight_S
 
 
 class _Experts(torch.autograd.Function):
@@ -124,40 +116,34 @@ class _Experts(torch.autograd.Function):
         ctx: Any, x_ND: Tensor, index_NK: Tensor, weight_NK: Tensor, gate_up_EGD: Tensor, down_EDI: Tensor
     ) -> Tensor:
         order = _sort(index_NK, gate_up_EGD.shape[0])
-        out, x_SD, gate_up_SG, weight_S1 = _forward(x_ND, order, weight_NK, gate_up_EGD, down_EDI)
-        ctx.save_for_backward(x_SD, gate_up_SG, weight_S1, gate_up_EGD, down_EDI)
-        ctx.order, ctx.top_k = order, index_NK.shape[1]
+        out, x_SD, gate_up_SG, weight_S = _forward(x_ND.contiguous(), order, weight_NK, gate_up_EGD, down_EDI)
+        ctx.save_for_backward(x_SD, gate_up_SG, weight_S, gate_up_EGD, down_EDI)
+        ctx.order = order
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, Tensor, Tensor, Tensor]:
-        x_SD, gate_up_SG, weight_S1, gate_up_EGD, down_EDI = ctx.saved_tensors
+        x_SD, gate_up_SG, weight_S, gate_up_EGD, down_EDI = ctx.saved_tensors
         order: _Order = ctx.order
         gate, up = gate_up_SG.chunk(2, dim=-1)
-        silu_SI = F.silu(gate)
-        hidden_SI = silu_SI * up
-        weighted_SI = hidden_SI * weight_S1
-        grad_SD = grad_ND.index_select(0, order.token_S)
-        grad_hidden_SI = torch.empty_like(hidden_SI)
-        grad_down_EDI = _like_weights(down_EDI, order)
+        grad_SD = passes.gather_sum(grad_ND.contiguous(), order.token_S[:, None])
+        grad_hidden_SI = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         for e, a, b in order.runs:
             torch.mm(grad_SD[a:b], down_EDI[e], out=grad_hidden_SI[a:b])
-            torch.mm(grad_SD[a:b].t(), weighted_SI[a:b], out=grad_down_EDI[e])
-        grad_weight = hidden_SI.mul_(grad_hidden_SI).sum(-1).index_select(0, order.place_NK)
-        grad_hidden_SI.mul_(weight_S1)
         grad_gate_up_SG = torch.empty_like(gate_up_SG)
         grad_gate, grad_up = grad_gate_up_SG.chunk(2, dim=-1)
-        torch.mul(grad_hidden_SI, silu_SI, out=grad_up)
-        grad_hidden_SI.mul_(up)
-        torch.ops.aten.silu_backward.grad_input(grad_hidden_SI, gate, grad_input=grad_gate)
-        grad_x_SD = grad_SD  # its memory is free now
-        grad_gate_up_EGD = _like_weights(gate_up_EGD, order)
+        extra = passes.swiglu_back(grad_hidden_SI, gate, up, grad_gate, grad_up, weight_S)
+        assert extra is not None
+        grad_weight_S, weighted_SI = extra
+        grad_x_SD = torch.empty_like(x_SD)
+        grad_gate_up_EGD, grad_down_EDI = _like_weights(gate_up_EGD, order), _like_weights(down_EDI, order)
         for e, a, b in order.runs:
+            torch.mm(grad_SD[a:b].t(), weighted_SI[a:b], out=grad_down_EDI[e])
             torch.mm(grad_gate_up_SG[a:b], gate_up_EGD[e], out=grad_x_SD[a:b])
             torch.mm(grad_gate_up_SG[a:b].t(), x_SD[a:b], out=grad_gate_up_EGD[e])
-        grad_x = _combine(grad_x_SD, order, ctx.top_k)
-        return grad_x, None, grad_weight.view(-1, ctx.top_k), grad_gate_up_EGD, grad_down_EDI
+        grad_x_ND = passes.gather_sum(grad_x_SD, order.place_NK)
+        return grad_x_ND, None, grad_weight_S[order.place_NK], grad_gate_up_EGD, grad_down_EDI
 
 
 def _like_weights(weights: Tensor, order: _Order) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from glmctl.kernels.fused import passes
 from glmctl.kernels.registry import op, variant
 
 IGNORE = -100
@@ -22,9 +23,11 @@ one cache set, which halves the speed of the weight gradient."""
 
 
 def linear_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int | None = None
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int | None = None, z_weight: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Sum over rows with a target of `-log softmax(hidden @ weight.T)[target]`, in nats, and how many rows.
+
+    With `z_weight`, plus z_weight * log(Z)^2 with Z the softmax's normaliser (z-loss; PaLM, section 5).
 
     hidden [N, D], weight [V, D], targets [N] int64 with -100 for "no loss": such rows cost nothing.
     Returns (loss_sum, count): fp32 and int64 scalars. Gradients are made in the forward, `chunk` rows at
@@ -36,7 +39,9 @@ def linear_cross_entropy(
     if kept.numel() < targets_N.numel():
         hidden_ND, targets_N = hidden_ND.index_select(0, kept), targets_N.index_select(0, kept)
     chunk = chunk or _CHUNK.get(hidden_ND.device.type, 1024)
-    loss = op("linear_cross_entropy", hidden_ND.device.type, hidden_ND.dtype)(hidden_ND, weight_VD, targets_N, chunk)
+    loss = op("linear_cross_entropy", hidden_ND.device.type, hidden_ND.dtype)(
+        hidden_ND, weight_VD, targets_N, chunk, z_weight
+    )
     return loss, count
 
 
@@ -82,22 +87,31 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 @variant("linear_cross_entropy", "reference")
-def reference(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
+def reference(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, z_weight: float = 0.0) -> Tensor:
     """The definition, all logits at once."""
-    return F.cross_entropy(_wide(hidden_ND @ weight_VD.t()), targets_N, reduction="sum")
+    logits = _wide(hidden_ND @ weight_VD.t())
+    return F.cross_entropy(logits, targets_N, reduction="sum") + z_weight * logits.logsumexp(1).square().sum()
 
 
 @variant("linear_cross_entropy", "chunked", devices=("cpu", "cuda"))
-def chunked(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
+def chunked(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, z_weight: float = 0.0) -> Tensor:
     """A chunk of rows at a time, with the gradients made on the way when they will be wanted."""
-    result: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, chunk, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    result: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, weight_VD, targets_N, chunk, z_weight, torch.is_grad_enabled()
+    )
     return result
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, grad_enabled: bool
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        chunk: int,
+        z_weight: float,
+        grad_enabled: bool,
     ) -> Tensor:
         for_hidden, for_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         loss = torch.zeros((), dtype=_wide(hidden_ND[:0]).dtype, device=hidden_ND.device)
@@ -106,19 +120,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         buffer = _buffer(hidden_ND, weight_VD, chunk)
         for start in range(0, hidden_ND.shape[0], chunk):
             hidden = hidden_ND[start : start + chunk]
-            target = targets_N[start : start + chunk, None]
+            target = targets_N[start : start + chunk]
             logits = _wide(torch.mm(hidden, weight_VD.t(), out=buffer[: hidden.shape[0]]))
-            top = logits.amax(1, keepdim=True)
-            chosen = logits.gather(1, target)
-            exp = logits.sub_(top).exp_()
-            total = exp.sum(1, keepdim=True)
-            loss += (total.log() + top - chosen).sum()
+            loss += passes.softmax_loss(logits, target, gradient=for_hidden or for_weight, z_weight=z_weight).sum()
             if not (for_hidden or for_weight):
                 continue
-            # d loss / d logits = softmax - one-hot
-            grad_logits = exp.div_(total)
-            grad_logits.scatter_(1, target, grad_logits.gather(1, target) - 1)
-            grad_logits = grad_logits.to(hidden.dtype)
+            # the logits have become softmax - one-hot, their gradient
+            grad_logits = logits.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight_VD, out=grad_hidden[start : start + chunk])
             if grad_weight is not None:
@@ -128,10 +136,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scaled = [None if g is None else g * grad.to(g.dtype) for g in (grad_hidden, grad_weight)]
-        return scaled[0], scaled[1], None, None, None
+        return scaled[0], scaled[1], None, None, None, None
 
 
 class _TokenLogProbs(torch.autograd.Function):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from glmctl.kernels.fused import passes
 from glmctl.kernels.registry import op, variant
 
 
@@ -39,36 +40,25 @@ def fused(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 @variant("rms_norm", "function", devices=("cpu",), dtypes=(torch.float32, torch.float64))
 def in_one_function(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """One autograd node and as few passes over memory as plain torch allows."""
+    """One autograd node made of `fused.passes`."""
     if torch.is_grad_enabled() and (x.requires_grad or weight_D.requires_grad):
         result: Tensor = _RmsNorm.apply(x, weight_D, eps)  # type: ignore[no-untyped-call]
         return result
-    return (x * _inverse_rms(x, eps)).mul_(weight_D)
-
-
-def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    result: Tensor = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return result
+    plain: Tensor = (x * norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()).mul_(weight_D)
+    return plain
 
 
 class _RmsNorm(torch.autograd.Function):
-    """dx = r (g w - y mean(g w y)) with y = x r, r the inverse RMS; dw = sum of g y."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        scale = _inverse_rms(x, eps)
+        x = x.contiguous()
+        y, scale = passes.rms_norm(x, weight_D, eps)
         ctx.save_for_backward(x, weight_D, scale)
-        return (x * scale).mul_(weight_D)
+        return y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight_D, scale = ctx.saved_tensors
-        width = x.shape[-1]
-        # with p = g x, one product serves both sums: dw = p^T r and mean(g w y) = r (p w) / D
-        product_MD = (grad * x).reshape(-1, width)
-        scale_M = scale.view(-1)
-        grad_weight = torch.mv(product_MD.t(), scale_M)
-        factor = torch.mv(product_MD, weight_D).mul_(scale_M).mul_(scale_M).div_(-width)
-        grad_x = (grad * weight_D).addcmul_(x, factor.view(scale.shape)).mul_(scale)
-        return grad_x, grad_weight, None
+        return *passes.rms_norm_back(grad, x, weight_D, scale), None

@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from glmctl.kernels.fused import passes
+from glmctl.kernels.fused.library import compiled
 from glmctl.kernels.registry import op, variant
+from glmctl.kernels.rms_norm import rms_norm
 
 
 class Rotation(NamedTuple):
@@ -54,6 +57,18 @@ def _swap(rotary_dim: int, head_dim: int, device: torch.device, dtype: torch.dty
         return swap.to(device=device, dtype=dtype)
 
 
+def norm_rope(x_BTHd: Tensor, weight_d: Tensor | None, eps: float, turn: Rotation) -> Tensor:
+    """`rope(rms_norm(x, weight, eps), turn)`: QK-norm and rotation in one pass if it can be; weight None: no norm."""
+    needed = torch.is_grad_enabled() and x_BTHd.requires_grad
+    tables = (turn.cos_BT1d, turn.sin_BT1d)
+    parts = (x_BTHd, *tables) if weight_d is None else (x_BTHd, weight_d, *tables)
+    one_table_row_each = turn.cos_BT1d.numel() * x_BTHd.shape[2] == x_BTHd.numel()
+    if needed and one_table_row_each and compiled(*parts) is not None:
+        result: Tensor = _NormRope.apply(x_BTHd, weight_d, eps, *tables, turn.rotary_dim)  # type: ignore[no-untyped-call]
+        return result
+    return rope(x_BTHd if weight_d is None else rms_norm(x_BTHd, weight_d, eps), turn)
+
+
 def rope(x_BTHd: Tensor, turn: Rotation) -> Tensor:
     """Rotate the first `rotary_dim` dimensions of each head; the others pass through. x [B, T, H, d], same result."""
     result: Tensor = op("rope", x_BTHd.device.type, x_BTHd.dtype)(x_BTHd, turn)
@@ -93,3 +108,24 @@ class _Rope(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         cos, sin, swap = ctx.saved_tensors
         return (grad * cos).add_((grad * sin) @ swap), None, None, None, None
+
+
+class _NormRope(torch.autograd.Function):
+    """Norm of each head, then its rotation; the backward is the rotation's transpose, then the norm's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight_d: Tensor | None, eps: float, cos: Tensor, sin: Tensor, rotary_dim: int
+    ) -> Tensor:
+        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+        out, scale = passes.norm_rope(x, weight_d, eps, cos, sin, rotary_dim)
+        ctx.save_for_backward(x, weight_d, scale, cos, sin)
+        ctx.rotary_dim = rotary_dim
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
+        x, weight_d, scale, cos, sin = ctx.saved_tensors
+        grads = passes.norm_rope_back(grad, x, weight_d, scale, cos, sin, ctx.rotary_dim)
+        return *grads, None, None, None, None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from glmctl.kernels.fused import passes
 from glmctl.kernels.registry import op, variant
 
 
@@ -36,10 +37,12 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return passes.swiglu(gate, up)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return grad_gate, F.silu(gate).mul_(grad)
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+        passes.swiglu_back(grad, gate, up, grad_gate, grad_up)
+        return grad_gate, grad_up

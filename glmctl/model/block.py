@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from glmctl.kernels.experts import experts
 from glmctl.kernels.rms_norm import rms_norm
-from glmctl.kernels.rope import Rotation, rope
+from glmctl.kernels.rope import Rotation, norm_rope
 from glmctl.kernels.swiglu import swiglu
 from glmctl.model.attention import Sight
 from glmctl.model.config import ModelConfig
@@ -58,13 +58,15 @@ class Attention(nn.Module):
         q_BTHd = self.q_proj(x_BTD).view(B, T, -1, self.head_dim)
         k_BTKd = self.k_proj(x_BTD).view(B, T, -1, self.head_dim)
         v_BTKd = self.v_proj(x_BTD).view(B, T, -1, self.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BTHd, k_BTKd = self.q_norm(q_BTHd), self.k_norm(k_BTKd)
-        q_BTHd = rope(q_BTHd, shared.turn).to(v_BTKd.dtype)
-        k_BTKd = rope(k_BTKd, shared.turn).to(v_BTKd.dtype)
+        q_BTHd = self._turned(q_BTHd, self.q_norm, shared.turn).to(v_BTKd.dtype)
+        k_BTKd = self._turned(k_BTKd, self.k_norm, shared.turn).to(v_BTKd.dtype)
         out_BTHd = shared.sight.attend(self.layer, q_BTHd, k_BTKd, v_BTKd)
         result: Tensor = self.o_proj(out_BTHd.reshape(B, T, -1))
         return result
+
+    @staticmethod
+    def _turned(x_BTHd: Tensor, norm: RmsNorm | None, turn: Rotation) -> Tensor:
+        return norm_rope(x_BTHd, None, 0.0, turn) if norm is None else norm_rope(x_BTHd, norm.weight, norm.eps, turn)
 
 
 class Mlp(nn.Module):

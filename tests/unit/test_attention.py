@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from glmctl.kernels.attention import cached_attention, causal_attention, find_segments, in_buckets, masked
+from glmctl.kernels.attention import by_document, cached_attention, causal_attention, find_segments, masked
 from glmctl.model.attention import PackedDocuments, WholeRows, choose_sight
 
 
@@ -27,7 +27,7 @@ def test_buckets_equal_the_mask_for_any_layout(ids: list[list[int]]) -> None:
     documents = torch.tensor(ids)
     segments = find_segments(documents)
     inputs = projections(len(ids), 40, 4, 2, 8)
-    ours, expected = in_buckets(*inputs, segments), masked(*inputs, segments)
+    ours, expected = by_document(*inputs, segments), masked(*inputs, segments)
     torch.testing.assert_close(ours, expected)
     projection = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     got = torch.autograd.grad((ours * projection).sum(), inputs)
@@ -84,7 +84,7 @@ def test_whole_rows_take_the_plain_path() -> None:
 def test_padding_only() -> None:
     q, k, v = projections(1, 5, 2, 1, 4)
     segments = find_segments(torch.full((1, 5), -1))
-    out = in_buckets(q, k, v, segments)
+    out = by_document(q, k, v, segments)
     assert (out == 0).all()
     out.sum().backward()
     assert q.grad is not None
