@@ -53,6 +53,8 @@ class GlmMoe(nn.Module):
             if not config.tie_word_embeddings:
                 self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
             self.mtp = MtpLayer(self, dtype=dtype) if config.num_nextn_predict_layers else None
+        self.recompute = False
+        """keep only each layer's input for the backward: less memory for a third more time"""
         self.stores_mtp_copies = True
         """whether the folder format repeats embedding and head inside the MTP layer: GLM-4.5 does, 4.6 does not"""
         target = torch.device(device) if device is not None else torch.get_default_device()
@@ -125,9 +127,31 @@ class GlmMoe(nn.Module):
         shared = self._share(positions_BT, sight, documents_BT, stats)
         x_BTD = self.embed_tokens(tokens_BT)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, shared)
+            x_BTD = self._layer(layer, x_BTD, shared)
         result: Tensor = self.norm(x_BTD)
         return result
+
+    def _layer(self, layer: nn.Module, x_BTD: Tensor, shared: Pass) -> Tensor:
+        """One layer; with `recompute`, only its input is kept and the backward runs it again, to the same bits.
+
+        What the second run tells the router statistics goes to a stand-in: loads are counted once, and the balance
+        loss of the first run is the one that is differentiated.
+        """
+        if not (self.recompute and torch.is_grad_enabled()):
+            result: Tensor = layer(x_BTD, shared)
+            return result
+        from torch.utils.checkpoint import checkpoint
+
+        runs = iter([shared])
+
+        def run(x: Tensor) -> Tensor:
+            again = shared if shared.stats is None else shared._replace(stats=shared.stats.stand_in())
+            out: Tensor = layer(x, next(runs, again))
+            return out
+
+        # nothing in a layer is random, so there is no state to restore
+        kept: Tensor = checkpoint(run, x_BTD, use_reentrant=False, preserve_rng_state=False)
+        return kept
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D], of the network or of the MTP layer -> logits [..., V] in fp32."""
@@ -206,5 +230,5 @@ class MtpLayer(nn.Module):
         shared = model._share(positions_BT, sight, documents_BT, stats)
         embedded_BTD = model.embed_tokens(next_tokens_BT)
         x_BTD = self.eh_proj(torch.cat([self.enorm(embedded_BTD), self.hnorm(hidden_BTD)], dim=-1))
-        result: Tensor = self.norm(self.layer(x_BTD, shared))
+        result: Tensor = self.norm(model._layer(self.layer, x_BTD, shared))
         return result

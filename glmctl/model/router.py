@@ -26,6 +26,12 @@ class RouterStats:
         self._counts: list[Tensor] = []
         self._losses: list[Tensor] = []
 
+    def stand_in(self) -> RouterStats:
+        """An empty one that is told of the same sequences, for a pass whose findings are not wanted."""
+        other = RouterStats(sequence_balance=self.sequence_balance)
+        other.valid_BT = self.valid_BT
+        return other
+
     @property
     def counts_LE(self) -> Tensor:
         """Tokens sent to each expert [L, E], int64, detached; the bias update sums it over ranks and micro-batches."""

@@ -62,7 +62,12 @@ class PretrainRecipe(RecipeBase):
     balance: Balance = Balance()
     mtp: MtpLoss = MtpLoss()
     grad_clip: float = Field(1.0, gt=0.0)
+    z_weight: float = Field(0.0, ge=0.0, description="weight of the z-loss, log(Z)^2 of every target (PaLM); 0 = none")
+    spike_factor: float | None = Field(
+        10.0, gt=1.0, description="skip a step with such a multiple of the usual gradient norm and a jump in loss"
+    )
     precision: Literal["fp32", "bf16"] = "fp32"
+    recompute: bool = Field(False, description="recompute activations in the backward: less memory, a third more time")
     validation: Validation = Validation()
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     sample_prompts: list[str] = Field([], description="texts the base model continues after each stage")

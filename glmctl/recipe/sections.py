@@ -54,7 +54,8 @@ class Schedule(Section):
 
 class CheckpointPolicy(Section):
     every_steps: int = Field(50, gt=0)
-    keep: int = Field(2, gt=0)
+    keep: int = Field(2, gt=0, description="the newest ones kept to resume from")
+    keep_every: int | None = Field(None, gt=0, description="those of every such step are kept for good")
 
 
 class Sampling(Section):

@@ -16,7 +16,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +47,7 @@ class Run:
         self.samples = path / "samples.jsonl"
         self.metrics = MetricsLog(path / "metrics.jsonl", writable=writer)
         self._lock = lock
+        self._closing: list[Callable[[], None]] = []
         self._began = time.monotonic()
         self._status: dict[str, Any] = read_status(path) if resumed else {}
         self._seconds = float(self._status.get("seconds", 0.0))
@@ -117,8 +118,20 @@ class Run:
         """Write the active seconds down, so that a kill after this loses only what follows. Called at checkpoints."""
         self._write_status("running", {})
 
+    def before_close(self, call: Callable[[], None]) -> None:
+        """Have `call` made before the lock is given back: whoever works in the background waits for its end there."""
+        self._closing.append(call)
+
     def close(self) -> None:
-        """Give the lock back."""
+        """Give the lock back, after everybody who asked to be waited for."""
+        calls, self._closing = self._closing, []
+        try:
+            for call in calls:
+                call()
+        finally:
+            self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

@@ -35,6 +35,11 @@ def max_vio(counts_LE: Tensor) -> float:
     return float(((load_LE.amax(1) - mean_L) / mean_L.clamp(min=1e-9)).mean())
 
 
+def dead_experts(counts_LE: Tensor) -> int:
+    """Experts, over all layers, that no token of the step was sent to."""
+    return int((counts_LE == 0).sum())
+
+
 def expert_load(counts_LE: Tensor) -> list[list[float]]:
     """Each expert's share of its layer's assignments; every row sums to 1 (or is 0 when nothing was routed)."""
     load_LE = counts_LE.to(torch.float64)

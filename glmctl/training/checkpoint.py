@@ -13,7 +13,9 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,63 @@ from glmctl.training.optim import MixedOptimizer
 _NAME = re.compile(r"^step-(\d{8,})$")
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything of one moment, to be written while training goes on."""
+
+    step: int
+    files: dict[str, dict[str, Tensor]]
+    """file name -> tensors"""
+    body: str
+    """state.json"""
+
+
+def snapshot(
+    model: nn.Module,
+    optimizer: MixedOptimizer,
+    state: Mapping[str, Any],
+    tensors: Mapping[str, Tensor] | None = None,
+    *,
+    copy: bool = True,
+) -> Snapshot:
+    """Model, optimizer, `state` (with its "step"), `tensors`, and the random-number states of torch, numpy and Python.
+
+    With `copy`, in host memory of its own, so that later steps do not change it.
+    """
+    rng_tensors, rng_state = _rng()
+    files = {
+        "model.safetensors": model_tensors(model),
+        "optimizer.safetensors": optimizer.state_tensors(),
+        "tensors.safetensors": {**rng_tensors, **(tensors or {})},
+    }
+    if copy:
+        files = {
+            file: {name: t.detach().to("cpu", copy=True) for name, t in held.items()} for file, held in files.items()
+        }
+    body = json.dumps({"version": 1, "state": dict(state), "rng": rng_state}, allow_nan=False)
+    return Snapshot(int(state["step"]), files, body)
+
+
+def write(folder: Path, taken: Snapshot, *, keep: int = 2, keep_every: int | None = None) -> Path:
+    """Publish `folder/step-<step>`; then remove all but the newest `keep` and those of every `keep_every`-th step.
+
+    Checkpoints of later steps (left by a run that fell back to an earlier one) are removed. Raises EnvironmentProblem
+    when the disk does not take it; what was there before stays valid.
+    """
+    target = folder / f"step-{taken.step:08d}"
+    with atomic.publish(target) as temporary:
+        for file, tensors in taken.files.items():
+            write_tensors(temporary / file, tensors.items())
+        (temporary / "state.json").write_text(taken.body, encoding="utf-8")
+    found = list_checkpoints(folder)
+    kept = set(sorted(n for n in found if n <= taken.step)[-keep:])
+    kept |= {n for n in found if keep_every is not None and n <= taken.step and n % keep_every == 0}
+    for number, path in found.items():
+        if number not in kept:
+            shutil.rmtree(path)
+    return target
+
+
 def save(
     folder: Path,
     model: nn.Module,
@@ -41,26 +100,45 @@ def save(
     *,
     keep: int = 2,
 ) -> Path:
-    """Publish `folder/step-<state["step"]>` and remove all but the newest `keep`.
+    """`snapshot` and `write` at once."""
+    return write(folder, snapshot(model, optimizer, state, tensors, copy=False), keep=keep)
 
-    Random-number states of torch, numpy and Python are saved too. Checkpoints of later steps (left by a run that
-    fell back to an earlier one) are removed. Raises EnvironmentProblem when the disk does not take it; what was
-    there before stays valid.
+
+class BackgroundWriter:
+    """Writes snapshots in a thread, one at a time: a step waits only for the copy, or for a write that still runs.
+
+    A write that failed is raised by the next `submit`, `check` or `wait`, in the thread that trains.
     """
-    step = int(state["step"])
-    target = folder / f"step-{step:08d}"
-    rng_tensors, rng_state = _rng()
-    with atomic.publish(target) as temporary:
-        write_tensors(temporary / "model.safetensors", model_tensors(model).items())
-        write_tensors(temporary / "optimizer.safetensors", optimizer.state_tensors().items())
-        write_tensors(temporary / "tensors.safetensors", {**rng_tensors, **(tensors or {})}.items())
-        body = {"version": 1, "state": dict(state), "rng": rng_state}
-        (temporary / "state.json").write_text(json.dumps(body, allow_nan=False), encoding="utf-8")
-    found = list_checkpoints(folder)
-    for number, path in found.items():
-        if number > step or number not in sorted(n for n in found if n <= step)[-keep:]:
-            shutil.rmtree(path)
-    return target
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def submit(self, work: Callable[[], object]) -> None:
+        """Run `work` in the background, after what was submitted before has ended."""
+        self.wait()
+        self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint")
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise what a write that has ended died of."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when nothing is being written; raise what the write died of."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _run(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - handed over to the thread that trains, whatever it is
+            self._error = error
 
 
 def load_latest(

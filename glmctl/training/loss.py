@@ -37,15 +37,20 @@ class LossModule(nn.Module):
         self.model = model
         self.always_mtp = always_mtp
 
-    def forward(self, batch: Batch, mtp: bool, balance: bool) -> Losses:
-        """Losses of one micro-batch on the model's device; `mtp` and `balance` say which are wanted."""
+    def forward(self, batch: Batch, mtp: bool, balance: bool, z_weight: float = 0.0) -> Losses:
+        """Losses of one micro-batch on the model's device; `mtp` and `balance` say which are wanted.
+
+        `z_weight` times the squared log-normaliser is part of the main loss (PaLM, section 5).
+        """
         model = self.model
         documents_BT = None if batch.single_document else batch.documents_BT
         placed = {"positions_BT": batch.positions_BT, "documents_BT": documents_BT}
         stats = RouterStats(sequence_balance=balance)
         hidden_BTD = model(batch.tokens_BT, **placed, stats=stats)
         zero = torch.zeros((), device=hidden_BTD.device)
-        main, _ = linear_cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, batch.targets_BT.flatten())
+        main, _ = linear_cross_entropy(
+            hidden_BTD.flatten(0, 1), model.head_weight, batch.targets_BT.flatten(), z_weight=z_weight
+        )
         second = zero
         if model.mtp is not None and (mtp or self.always_mtp):
             mtp_BTD = model.mtp(hidden_BTD, batch.mtp_tokens_BT, **placed, stats=stats)

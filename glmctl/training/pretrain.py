@@ -22,6 +22,8 @@ from glmctl.parallel.accelerate import make_accelerator, share, sum_over_ranks
 from glmctl.recipe.schema import PretrainRecipe
 from glmctl.run.directory import Run, resolve_tokenizer
 from glmctl.run.signals import StopFlag
+from glmctl.training.balance import max_vio
+from glmctl.training.ceiling import flops_per_token, matmul_ceiling
 from glmctl.training.loss import main_loss
 from glmctl.training.plan import PlannedStep, plan_steps
 from glmctl.training.session import Clock, Session, rate
@@ -55,10 +57,13 @@ def run(recipe: PretrainRecipe, run: Run) -> dict[str, Any]:
         grad_clip=recipe.grad_clip,
         policy=recipe.checkpoint,
         trackers=recipe.trackers,
+        spike_factor=recipe.spike_factor,
     )
+    model.recompute = recipe.recompute
     plan = plan_steps(recipe)
     prompts = [(text, tokenizer.encode_plain(text)) for text in recipe.sample_prompts]
 
+    ceiling = _ceiling(recipe, accelerator)
     done = session.resume()
     if done == 0:
         model.set_rope_theta(stages[0].rope_theta)
@@ -76,7 +81,9 @@ def run(recipe: PretrainRecipe, run: Run) -> dict[str, Any]:
                 sequence_loss_weight=recipe.balance.sequence_loss_weight,
                 bias_update_rate=step.bias_update_rate,
                 center=recipe.balance.center,
+                z_weight=recipe.z_weight,
                 idle=idle,
+                source=stage.source(step),
             )
             batch_tokens = step.sequences * stage.sequence_length
             row: dict[str, Any] = {
@@ -86,13 +93,15 @@ def run(recipe: PretrainRecipe, run: Run) -> dict[str, Any]:
                 "batch_tokens": batch_tokens,
             }
             row |= clock.read(batch_tokens)
+            row["mfu"] = row["tokens_per_second"] * stage.flops_per_token(model.config, step) / ceiling
             if step.ends_stage or step.number % recipe.validation.every_steps == 0:
                 row["validation_loss"] = stage.validation_loss(model, accelerator, recipe.batch.micro_tokens)
             session.log(step.number, len(plan), metrics, row)
             if step.ends_stage:
                 session.sample(step.number, prompts, tokenizer, stage=stage.name)
             session.end_step(step.number, len(plan), stop)
-            progress.advance(loss=metrics.loss, tokens_per_second=row["tokens_per_second"])
+            shown = {key: row[key] for key in ("tokens_per_second", "mfu")}
+            progress.advance(loss=metrics.loss, max_vio=max_vio(metrics.counts_LE), **shown)
 
     model.set_rope_theta(stages[-1].rope_theta)
     summary = _summary(recipe, run, session, stages)
@@ -123,6 +132,16 @@ class StageData:
         idle = start == stop
         batch = self.batches.batch(step.first_sequence + start * (not idle), max(1, stop - start))
         return batch.split(self._micro_rows(micro_tokens, len(batch))), idle
+
+    def source(self, step: PlannedStep) -> dict[str, Any]:
+        """Where the rows of a step lie: enough to take them out of the data again."""
+        rows = {"first_sequence": step.first_sequence, "sequences": step.sequences}
+        return {"step": step.number, "stage": self.name, **rows}
+
+    def flops_per_token(self, config: ModelConfig, step: PlannedStep) -> float:
+        """Arithmetic of one token of the step; see `ceiling`."""
+        mtp = config.num_nextn_predict_layers > 0 and step.mtp_weight > 0
+        return flops_per_token(config, self.sequence_length, mtp=mtp)
 
     def validation_loss(self, model: GlmMoe, accelerator: Accelerator, micro_tokens: int | None) -> float:
         """Mean of -log p(next token) in nats over the fixed validation rows, main head only."""
@@ -193,6 +212,12 @@ def _validation_rows(shards: TokenShards, length: int, tokens: int) -> Batch:
     return batches.batch(0, min(max(1, tokens // length), batches.sequences_per_epoch))
 
 
+def _ceiling(recipe: PretrainRecipe, accelerator: Accelerator) -> float:
+    """FLOP/s of matrix products on all ranks' devices together, in the precision that the products of a step have."""
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    return matmul_ceiling(accelerator.device, dtype) * int(accelerator.num_processes)
+
+
 def _entropy(shards: TokenShards) -> float:
     counts = np.zeros(shards.vocab_size, np.int64)
     for start in range(0, shards.total_tokens, 1 << 22):
@@ -214,7 +239,7 @@ def _summary(recipe: PretrainRecipe, run: Run, session: Session, stages: list[St
         "tokens_per_second": rate(rows, sum(int(row["batch_tokens"]) for row in rows)),
         "mtp_loss": last.get("mtp_loss", 0.0),
         "max_vio": last.get("max_vio", 0.0),
-        "skipped_steps": session.stepper.skipped,
+        "skipped_steps": session.stepper.guard.skipped,
     }
     for stage, loss in zip(stages, losses, strict=True):
         summary[f"validation_loss_{stage.name}"] = loss

@@ -25,7 +25,8 @@ from glmctl.run.directory import Run
 from glmctl.run.metrics import MetricsLog
 from glmctl.run.signals import StopFlag
 from glmctl.training import checkpoint
-from glmctl.training.balance import expert_load, max_vio
+from glmctl.training.balance import dead_experts, expert_load, max_vio
+from glmctl.training.guard import StepGuard
 from glmctl.training.optim import build_optimizer
 from glmctl.training.step import StepMetrics, Stepper
 
@@ -48,14 +49,20 @@ class Session:
         grad_clip: float,
         policy: CheckpointPolicy,
         trackers: Sequence[str] = (),
+        spike_factor: float | None = None,
     ) -> None:
         self.model = model
         self.run = run
         self.accelerator = accelerator
         self.policy = policy
         self.optimizer = build_optimizer(model, optimizer)
-        self.stepper = Stepper(model, self.optimizer, accelerator, grad_clip=grad_clip)
+        self.skips = MetricsLog(run.path / "skipped.jsonl", writable=run.writer)
+        guard = StepGuard(spike_factor, self.skips)
+        self.stepper = Stepper(model, self.optimizer, accelerator, grad_clip=grad_clip, guard=guard)
         self.samples = MetricsLog(run.samples, writable=run.writer)
+        self._writer = checkpoint.BackgroundWriter()
+        # however a driver ends, nothing is written any more when the run gives its lock back
+        run.before_close(self._writer.wait)
         self._tracking = bool(trackers)
         if trackers:
             accelerator.init_trackers(run.recipe.name)
@@ -70,12 +77,13 @@ class Session:
         if found is not None:
             state, _ = found
             done = int(state["step"])
-            self.stepper.load_state(state["stepper"])
+            self.stepper.guard.load_state(state["stepper"])
             console.note(f"resuming after step {done}")
         # -1: without a checkpoint even the samples from before the first step are written again
         after = done if found is not None else -1
         self.run.metrics.truncate("step", after)
         self.samples.truncate("step", after)
+        self.skips.truncate("step", after)
         self.accelerator.wait_for_everyone()
         return done
 
@@ -88,6 +96,7 @@ class Session:
             "balance_loss": metrics.balance_loss,
             "grad_norm": metrics.grad_norm,
             "max_vio": max_vio(metrics.counts_LE),
+            "dead_experts": dead_experts(metrics.counts_LE),
             "targets": metrics.targets,
             **row,
         }
@@ -103,10 +112,12 @@ class Session:
 
     def end_step(self, step: int, total: int, stop: StopFlag) -> None:
         """Checkpoint when it is due, at the end, or when a signal asks to stop; then raise Interrupted."""
+        self._writer.check()
         exit_code = self._agreed(stop.raised)
         if step % self.policy.every_steps == 0 or step == total or exit_code:
             self.save(step)
         if exit_code:
+            self._writer.wait()
             raise Interrupted(
                 f"{self.run.path}: interrupted, saved after step {step} of {total}",
                 exit_code=exit_code,
@@ -114,11 +125,15 @@ class Session:
             )
 
     def save(self, step: int) -> None:
-        """Write a checkpoint of this moment."""
+        """Copy this moment and write it as a checkpoint in the background; `export` and the run's end wait for it."""
         if self.run.writer:
             config = self.model.config.model_dump(mode="json")
-            state = {"step": step, "stepper": self.stepper.state(), "model": config}
-            checkpoint.save(self.run.checkpoints, self.model, self.optimizer, state, keep=self.policy.keep)
+            state = {"step": step, "stepper": self.stepper.guard.state(), "model": config}
+            # before the copy: two copies at once would double the memory that this needs
+            self._writer.wait()
+            taken = checkpoint.snapshot(self.model, self.optimizer, state)
+            keep, for_good = self.policy.keep, self.policy.keep_every
+            self._writer.submit(lambda: checkpoint.write(self.run.checkpoints, taken, keep=keep, keep_every=for_good))
             self.run.record_time()
         self.accelerator.wait_for_everyone()
 
@@ -132,6 +147,7 @@ class Session:
 
     def export(self, tokenizer_folder: Path) -> None:
         """Publish the model with its tokenizer as a Hugging Face folder, the run's export."""
+        self._writer.wait()
         if self.run.writer:
             with atomic.publish(self.run.export) as folder:
                 save_model(self.model, folder, tokenizer_folder=tokenizer_folder)

@@ -6,26 +6,22 @@ uses the two halves: `accumulate(loss)` for each micro-batch, then `update(lr)`.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from glmctl import console
 from glmctl.data.batches import Batch
-from glmctl.errors import DivergedError
 from glmctl.model.network import GlmMoe
 from glmctl.parallel.accelerate import sum_over_ranks
 from glmctl.training.balance import update_router_bias
+from glmctl.training.guard import StepGuard
 from glmctl.training.loss import Losses, LossModule
 from glmctl.training.optim import MixedOptimizer
-
-MAX_SKIPPED = 3
-"""non-finite steps in a row after which training stops"""
 
 
 @dataclass(frozen=True)
@@ -43,24 +39,30 @@ class StepMetrics:
     counts_LE: Tensor
     """tokens sent to each expert, int64 on the CPU"""
     skipped: bool
-    """the loss or the gradient was not finite and the weights were left as they were"""
+    """the guard left this step out and the weights are as they were"""
 
 
 class Stepper:
     """Forward, backward, clip and update of one model, the same for one process and for many.
 
-    A step whose loss or gradient is not finite on any rank changes nothing: not the weights, not the optimizer's
-    state, not the router biases. It is counted in `skipped`; the third in a row raises DivergedError.
+    A step that the guard refuses (its loss or gradient is not finite on some rank, or a spike) changes nothing: not the
+    weights, not the optimizer's state, not the router biases. The third in a row raises DivergedError.
     """
 
-    def __init__(self, model: GlmMoe, optimizer: MixedOptimizer, accelerator: Accelerator, *, grad_clip: float) -> None:
+    def __init__(
+        self,
+        model: GlmMoe,
+        optimizer: MixedOptimizer,
+        accelerator: Accelerator,
+        *,
+        grad_clip: float,
+        guard: StepGuard | None = None,
+    ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.accelerator = accelerator
         self.grad_clip = grad_clip
-        self.skipped = 0
-        """non-finite steps so far; part of a checkpoint's state"""
-        self.skipped_in_row = 0
+        self.guard = guard or StepGuard()
         self._world = accelerator.num_processes
         self._losses: nn.Module | None = None
         self._reduced = True
@@ -76,13 +78,18 @@ class Stepper:
         sequence_loss_weight: float = 0.0,
         bias_update_rate: float = 0.0,
         center: bool = False,
+        z_weight: float = 0.0,
         idle: bool = False,
+        source: Mapping[str, Any] | None = None,
     ) -> StepMetrics:
         """One step over this rank's micro-batches (at least one).
 
         The loss is main / M + mtp_weight * mtp / M2 + sequence_loss_weight * balance, where M and M2 are the
         numbers of main and MTP targets over all micro-batches and ranks, so cutting a batch differently changes
         nothing; balance is the mean over all sequences. Router biases move once, by the summed counts.
+
+        `z_weight` adds that much of log(sum of exp of logits)^2 to every target's main loss (PaLM, section 5), in the
+        metrics too. `source` tells where the batch came from; it is written down if the step is skipped.
 
         `idle`: this rank has no rows in this step; it passes any batch, which takes part in the communication and
         counts for nothing.
@@ -98,7 +105,7 @@ class Stepper:
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(losses):
-                found: Losses = losses(batch.to(device), mtp_weight > 0, sequence_loss_weight > 0)
+                found: Losses = losses(batch.to(device), mtp_weight > 0, sequence_loss_weight > 0, z_weight)
                 main, mtp = found.main / targets, found.mtp / mtp_targets
                 balance = found.balance * (sizes[index][2] / sequences)
                 loss = main + mtp_weight * mtp + sequence_loss_weight * balance
@@ -111,7 +118,7 @@ class Stepper:
         counts_LE = sum_over_ranks(counts_LE, self.accelerator).cpu()
         main_loss, mtp_loss, balance_loss = (float(value) for value in sums)
         total = main_loss + mtp_weight * mtp_loss + sequence_loss_weight * balance_loss
-        norm, applied = self._update(lr, finite=math.isfinite(total))
+        norm, applied = self._update(lr, total, source or {})
         if applied and bias_update_rate > 0:
             update_router_bias(self.model, counts_LE, bias_update_rate, center)
         return StepMetrics(main_loss, mtp_loss, balance_loss, norm, int(totals[0]), counts_LE, not applied)
@@ -131,15 +138,7 @@ class Stepper:
 
         A norm that is not finite means that nothing was changed (see the class).
         """
-        return self._update(lr, finite=True)[0]
-
-    def state(self) -> dict[str, int]:
-        """What a checkpoint keeps of the stepper."""
-        return {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
-
-    def load_state(self, state: dict[str, int]) -> None:
-        """Take up `state()` of an earlier process."""
-        self.skipped, self.skipped_in_row = int(state["skipped"]), int(state["skipped_in_row"])
+        return self._update(lr, None, {})[0]
 
     def _loss_module(self) -> nn.Module:
         """The module whose forward gives the losses, wrapped for DDP and autocast at its first use.
@@ -154,7 +153,7 @@ class Stepper:
         return self._losses
 
     @torch.no_grad()
-    def _update(self, lr: float, *, finite: bool) -> tuple[float, bool]:
+    def _update(self, lr: float, loss: float | None, source: Mapping[str, Any]) -> tuple[float, bool]:
         parameters = [p for p in self.optimizer.parameters() if p.grad is not None]
         if not self._reduced:
             self._sum_gradients()
@@ -162,17 +161,17 @@ class Stepper:
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         value = float(norm)
-        applied = finite and math.isfinite(value)
-        if applied:
+        reason = self.guard.verdict(loss, value)
+        if reason is None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
             self.optimizer.set_lr(lr)
             self.optimizer.step()
-            self.skipped_in_row = 0
+            self.guard.applied(loss, value)
         self.optimizer.zero_grad()
         self._reduced = True
-        if not applied:
-            self._skip()
-        return value, applied
+        if reason is not None:
+            self.guard.skip(reason, loss, value, source)
+        return value, reason is None
 
     def _sum_gradients(self) -> None:
         """All-reduce gradients that did not pass through DDP's forward; absent ones count as zero."""
@@ -181,17 +180,6 @@ class Stepper:
         for parameter in self.optimizer.parameters():
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = sum_over_ranks(gradient, self.accelerator)
-
-    def _skip(self) -> None:
-        self.skipped += 1
-        self.skipped_in_row += 1
-        if self.skipped_in_row >= MAX_SKIPPED:
-            raise DivergedError(
-                f"{self.skipped_in_row} steps in a row had a loss or gradient that is not finite; "
-                "the weights are those from before them",
-                hint="lower schedule.peak_lr or grad_clip; the last checkpoint is intact",
-            )
-        console.warn("loss or gradient is not finite: this step changes nothing")
 
 
 def _sequences(batch: Batch) -> int:

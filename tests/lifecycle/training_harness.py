@@ -229,7 +229,7 @@ def child(recipe: RecipeBase, path: Path, arm: Callable[[], None] | None) -> int
 
 def outcome(path: Path, codes: list[int]) -> dict[str, Any]:
     """What a finished run left, without what may differ between two equal runs."""
-    varying = ("seconds", "tokens_per_second")
+    varying = ("seconds", "tokens_per_second", "mfu")
     rows = [{k: v for k, v in row.items() if k not in varying} for row in MetricsLog(path / "metrics.jsonl").rows()]
     status = json.loads((path / "status.json").read_text())
     return {
