@@ -69,8 +69,13 @@ static void add_values(float* out, float keep, const float* p, const float* valu
       for (int u = 0; u < 4; u++) o[u] += load(values + static_cast<long>(j) * d + i + u * W) * p[j];
     for (int u = 0; u < 4; u++) store(out + i + u * W, o[u]);
   }
-  for (; i < d; i += W) {
-    int here = std::min(W, d - i);
+  for (; i + W <= d; i += W) {
+    vf o = load(out + i) * keep;
+    for (int j = 0; j < count; j++) o += load(values + static_cast<long>(j) * d + i) * p[j];
+    store(out + i, o);
+  }
+  if (i < d) {
+    int here = d - i;
     vf o = load_part(out + i, here) * keep;
     for (int j = 0; j < count; j++) o += load_part(values + static_cast<long>(j) * d + i, here) * p[j];
     std::memcpy(out + i, &o, sizeof(float) * here);
@@ -115,15 +120,20 @@ static void attend(const Config& c, const Batch& b, const Run& run, int kv_head,
     for (int q = from; q < queries; q++) {
       int seen = static_cast<int>(std::min<int64_t>(piece, position[q / shared] - start + 1));
       float* s = scores.data() + static_cast<long>(q) * PANEL;
-      float highest = top[q];
-      for (int j = skipped; j < seen; j++) highest = s[j] > highest ? s[j] : highest;
-      for (int j = 0; j < W; j++) s[j] = j < skipped || j >= seen ? highest : s[j];
-      vf p = exponential(load(s) - highest);
+      const bool part = skipped > 0 || seen < W;
+      if (part)
+        for (int j = 0; j < W; j++) s[j] = j < skipped || j >= seen ? -3e38f : s[j];
+      float most[W];
+      std::memcpy(most, s, sizeof most);
+      for (int half = W / 2; half > 0; half /= 2)
+        for (int j = 0; j < half; j++) most[j] = most[j] > most[j + half] ? most[j] : most[j + half];
+      const float highest = most[0] > top[q] ? most[0] : top[q];
+      store(s, exponential(load(s) - highest));
+      if (part)
+        for (int j = 0; j < W; j++) s[j] = j < skipped || j >= seen ? 0.f : s[j];
       float change[W];
       store(change, exponential(splat(top[q] - highest)));
-      store(s, p);
-      float added = 0.f;
-      for (int j = skipped; j < seen; j++) added += s[j];
+      const float added = sum(load(s));
       total[q] = total[q] * change[0] + added;
       top[q] = highest;
       add_values(result(q), change[0], s + skipped, values + place + static_cast<long>(skipped) * d, seen - skipped, d);
