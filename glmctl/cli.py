@@ -31,6 +31,7 @@ TABLE = {
     "convert": "Convert between run checkpoints, Hugging Face folders and GGUF files, verified.",
     "serve": "Serve a model behind an OpenAI-compatible API.",
     "generate": "Generate one reply on the terminal.",
+    "info": "Compare architectures: sizes, FLOPs a token, cache; every figure computed.",
     "recipe": "List, show and check recipes.",
 }
 """command -> its line of help; the module is glmctl.commands.<name>"""

@@ -1,7 +1,8 @@
 """Grouped-query attention in its three situations: whole rows, packed documents, and a cache.
 
 Scores are q k / sqrt(d), query head h reads key-value head h // (H / K) (Ainslie et al. 2023). All functions
-take q [B, T, H, d] and k, v [B, T, K, d], so that the projections' outputs are used without a copy.
+take q [B, T, H, d] and k, v [B, T, K, d], so that the projections' outputs are used without a copy. Values, and with
+them the result, may have another width than queries and keys (MLA).
 """
 
 from __future__ import annotations
@@ -124,16 +125,19 @@ def by_document(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, segments: Segmen
     """
     if fused.usable(q_BTHd, k_BTKd, v_BTKd):
         return fused.documents(q_BTHd, k_BTKd, v_BTKd, segments.start_S, segments.length_S)
-    B, T, H, d = q_BTHd.shape
+    B, T, H, _ = q_BTHd.shape
+    width = v_BTKd.shape[-1]
     padded = [_regroup(x.reshape(B * T, -1), segments) for x in (q_BTHd, k_BTKd, v_BTKd)]
     # split, not slices: the backward of n slices is n full-size zero tensors
+    shapes = [x.shape[2:] for x in (q_BTHd, k_BTKd, v_BTKd)]
     sizes = [bucket.documents * bucket.length for bucket in segments.buckets]
     parts = [
-        causal_attention(*(x.view(*bucket, -1, d) for x in qkv)).reshape(-1, H * d)
+        causal_attention(*(x.view(*bucket, *s) for x, s in zip(qkv, shapes, strict=True))).reshape(-1, H * width)
         for bucket, *qkv in zip(segments.buckets, *(torch.split(x, sizes) for x in padded), strict=True)
     ]
-    out: Tensor = _Ungroup.apply(torch.cat(parts) if parts else padded[0], segments.source_P, segments.place_N)  # type: ignore[no-untyped-call]
-    return out.view(B, T, H, d)
+    out_PW = torch.cat(parts) if parts else padded[0][:, : H * width]
+    out: Tensor = _Ungroup.apply(out_PW, segments.source_P, segments.place_N)  # type: ignore[no-untyped-call]
+    return out.view(B, T, H, width)
 
 
 def _regroup(x_NW: Tensor, segments: Segments) -> Tensor:
@@ -192,4 +196,4 @@ def cached_attention(q_BTHd: Tensor, k_BKJd: Tensor, v_BKJd: Tensor, visible_BTJ
         # a group's queries stand one group after another: [group, T]
         mask = visible_BTJ[:, None] if T == 1 else visible_BTJ.repeat(1, group, 1)[:, None]
     out = F.scaled_dot_product_attention(q_BKQd, k_BKJd, v_BKJd, attn_mask=mask)
-    return out.view(B, K, group, T, d).permute(0, 3, 1, 2, 4).reshape(B, T, H, d)
+    return out.view(B, K, group, T, -1).permute(0, 3, 1, 2, 4).reshape(B, T, H, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -26,19 +27,51 @@ class Rotation(NamedTuple):
     rotary_dim: int
 
 
+def yarn_frequencies(
+    rotary_dim: int, theta: float, *, factor: float, original_length: int, beta_fast: float, beta_slow: float
+) -> Tensor:
+    """Angles per position [rotary_dim / 2] under YaRN (arXiv 2309.00071, section 3.2), fp32.
+
+    Pairs that turn more than `beta_fast` times within the original length keep their frequency, those that turn less
+    than `beta_slow` times are slowed by `factor`, and between them a linear ramp over the pair's index.
+    """
+
+    def pair_that_turns(times: float) -> float:
+        return rotary_dim * math.log(original_length / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_that_turns(beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(beta_slow)), rotary_dim - 1)
+    # the released code's way out of a ramp of no length
+    width = high - low or 0.001
+    slowed = ((torch.arange(rotary_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    frequencies = 1.0 / (theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim))
+    return frequencies / factor * slowed + frequencies * (1 - slowed)
+
+
 def rotation(
-    positions_BT: Tensor, rotary_dim: int, head_dim: int, theta: float, dtype: torch.dtype = torch.float32
+    positions_BT: Tensor,
+    rotary_dim: int,
+    head_dim: int,
+    theta: float,
+    dtype: torch.dtype = torch.float32,
+    *,
+    frequencies: Tensor | None = None,
+    scale: float = 1.0,
 ) -> Rotation:
     """Rotation by `position * theta^(-2i / rotary_dim)` of pair i, for heads of `head_dim` dimensions.
 
     dtype is that of the tables: fp32 even for narrower heads, whose products are then rounded once. Angles, sines
     and cosines are computed in fp32 as transformers does, so that logits agree at large positions too.
+    frequencies [rotary_dim / 2] replace theta^(-2i / rotary_dim); scale multiplies rotated dimensions (both YaRN's).
     """
     device = positions_BT.device
-    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
-    inverse_frequencies = 1.0 / (theta**exponents)
-    angles = positions_BT[..., None, None].float() * inverse_frequencies
+    if frequencies is None:
+        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
+        frequencies = 1.0 / (theta**exponents)
+    angles = positions_BT[..., None, None].float() * frequencies.to(device)
     cos, sin = angles.cos(), angles.sin()
+    if scale != 1.0:
+        cos, sin = cos * scale, sin * scale
     rest = (*cos.shape[:-1], head_dim - rotary_dim)
     cos_BT1d = torch.cat([cos, cos, cos.new_ones(rest)], dim=-1).to(dtype)
     sin_BT1d = torch.cat([-sin, sin, sin.new_zeros(rest)], dim=-1).to(dtype)

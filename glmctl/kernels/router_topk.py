@@ -1,4 +1,4 @@
-"""Sigmoid router with a selection-only bias and group-limited top-k (spec section 1.3)."""
+"""The choice of experts from a router's scores: a selection-only bias and group-limited top-k (spec section 1.3)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,25 @@ from glmctl.kernels.registry import op, variant
 
 
 def router_topk(
-    scores_NE: Tensor, bias_E: Tensor, *, top_k: int, groups: int, groups_kept: int, normalize: bool, scale: float
+    scores_NE: Tensor,
+    bias_E: Tensor | None,
+    *,
+    top_k: int,
+    groups: int,
+    groups_kept: int,
+    normalize: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Choose `top_k` experts for each token and weigh them.
 
-    scores_NE: sigmoid of the router logits, fp32. bias_E: `e_score_correction_bias`, added for the choice
-    only; weights are made of the unbiased scores, divided by their sum (+1e-20) when `normalize`, times
+    scores_NE: sigmoid or softmax of the router logits, fp32. bias_E: `e_score_correction_bias`, added for the choice
+    only (None: none); weights are made of the unbiased scores, divided by their sum (+1e-20) when `normalize`, times
     `scale`. Returns indices [N, k] (int64) and weights [N, k] (fp32, differentiable in the scores).
     """
     choose = op("router_topk", scores_NE.device.type, scores_NE.dtype)
     with torch.no_grad():
-        index_NK: Tensor = choose(scores_NE.detach() + bias_E, top_k, groups, groups_kept)
+        choice_NE = scores_NE.detach()
+        index_NK: Tensor = choose(choice_NE if bias_E is None else choice_NE + bias_E, top_k, groups, groups_kept)
     weight_NK = scores_NE.gather(-1, index_NK)
     if normalize:
         weight_NK = weight_NK / (weight_NK.sum(-1, keepdim=True) + 1e-20)

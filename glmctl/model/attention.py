@@ -18,15 +18,31 @@ from glmctl.model.cache import KVCache
 
 
 class Sight(Protocol):
-    """What a query may see. `attend` gets q [B, T, H, d], k, v [B, T, K, d] of one layer; returns [B, T, H, d]."""
+    """What a query may see.
 
-    def attend(self, layer: int, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor: ...
+    `attend` gets q [B, T, H, d], k, v [B, T, K, d] of one layer and returns [B, T, H, d] (values may be of another
+    width). stored [B, T, 1, k]: what a compressed cache (`CacheSpec.value_dim` 0) keeps in place of k and v; k and v
+    themselves must then be `stored` and its leading part wherever earlier passes are seen.
+    """
+
+    @property
+    def continues(self) -> bool:
+        """Whether positions of earlier passes are seen, through what the cache kept of them."""
+        ...
+
+    def attend(
+        self, layer: int, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, stored_BT1k: Tensor | None = None
+    ) -> Tensor: ...
 
 
 class WholeRows:
     """Each row is one document."""
 
-    def attend(self, layer: int, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+    continues = False
+
+    def attend(
+        self, layer: int, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, stored_BT1k: Tensor | None = None
+    ) -> Tensor:
         """Plainly causal."""
         return causal_attention(q_BTHd, k_BTKd, v_BTKd)
 
@@ -34,10 +50,14 @@ class WholeRows:
 class PackedDocuments:
     """Rows hold several documents and padding."""
 
+    continues = False
+
     def __init__(self, documents_BT: Tensor) -> None:
         self.segments: Segments = find_segments(documents_BT)
 
-    def attend(self, layer: int, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+    def attend(
+        self, layer: int, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, stored_BT1k: Tensor | None = None
+    ) -> Tensor:
         """Causal within a document."""
         return document_attention(q_BTHd, k_BTKd, v_BTKd, self.segments)
 
@@ -63,10 +83,20 @@ class Cached:
         self.start = lowest if aligned or self.fresh else None
         self.row_B1 = torch.arange(*rows.indices(cache.rows), device=positions_BT.device)[:, None]
 
-    def attend(self, layer: int, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+    @property
+    def continues(self) -> bool:
+        """Not when all rows begin with this pass."""
+        return not self.fresh
+
+    def attend(
+        self, layer: int, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, stored_BT1k: Tensor | None = None
+    ) -> Tensor:
         """Store k and v of `layer`, then attend to every stored place up to each query's position."""
         keys_SKJd, values_SKJd = self.cache.keys[layer], self.cache.values[layer]
-        for stored, new in ((keys_SKJd, k_BTKd), (values_SKJd, v_BTKd)):
+        compressed = values_SKJd.shape[-1] == 0
+        assert compressed == (stored_BT1k is not None)
+        kept = ((keys_SKJd, k_BTKd), (values_SKJd, v_BTKd)) if stored_BT1k is None else ((keys_SKJd, stored_BT1k),)
+        for stored, new in kept:
             if self.start is not None:
                 stored[self.rows, :, self.start : self.start + new.shape[1]] = new.detach().transpose(1, 2)
             else:
@@ -75,6 +105,8 @@ class Cached:
         if self.fresh:
             return causal_attention(q_BTHd, k_BTKd, v_BTKd)
         k_BKJd = keys_SKJd[self.rows, :, : self.seen].to(q_BTHd.dtype)
+        if compressed:
+            return cached_attention(q_BTHd, k_BKJd, k_BKJd[..., : v_BTKd.shape[-1]], self.visible_BTJ)
         v_BKJd = values_SKJd[self.rows, :, : self.seen].to(q_BTHd.dtype)
         return cached_attention(q_BTHd, k_BKJd, v_BKJd, self.visible_BTJ)
 

@@ -2,71 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from glmctl.kernels.experts import experts
-from glmctl.kernels.rms_norm import rms_norm
-from glmctl.kernels.rope import Rotation, norm_rope
 from glmctl.kernels.swiglu import swiglu
-from glmctl.model.attention import Sight
 from glmctl.model.config import ModelConfig
+from glmctl.model.projections import ATTENTIONS, Pass, RmsNorm
 from glmctl.model.router import Router, RouterStats
-
-
-class Pass(NamedTuple):
-    """What all layers of one forward pass share."""
-
-    turn: Rotation
-    sight: Sight
-    stats: RouterStats | None
-
-
-class RmsNorm(nn.Module):
-    """RMS norm with a learned scale."""
-
-    def __init__(self, width: int, eps: float, *, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width, dtype=dtype))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., width] -> the same shape."""
-        return rms_norm(x, self.weight, self.eps)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention: q, k, v with bias, o without; QK-norm before RoPE."""
-
-    def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype) -> None:
-        super().__init__()
-        c = config
-        self.layer, self.head_dim = layer, c.head_dim
-        query, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, query, bias=c.attention_bias, dtype=dtype)
-        self.k_proj = nn.Linear(c.hidden_size, kv, bias=c.attention_bias, dtype=dtype)
-        self.v_proj = nn.Linear(c.hidden_size, kv, bias=c.attention_bias, dtype=dtype)
-        self.o_proj = nn.Linear(query, c.hidden_size, bias=False, dtype=dtype)
-        self.q_norm = RmsNorm(c.head_dim, c.rms_norm_eps, dtype=dtype) if c.use_qk_norm else None
-        self.k_norm = RmsNorm(c.head_dim, c.rms_norm_eps, dtype=dtype) if c.use_qk_norm else None
-
-    def forward(self, x_BTD: Tensor, shared: Pass) -> Tensor:
-        """x [B, T, D], normed -> [B, T, D]."""
-        B, T, _ = x_BTD.shape
-        q_BTHd = self.q_proj(x_BTD).view(B, T, -1, self.head_dim)
-        k_BTKd = self.k_proj(x_BTD).view(B, T, -1, self.head_dim)
-        v_BTKd = self.v_proj(x_BTD).view(B, T, -1, self.head_dim)
-        q_BTHd = self._turned(q_BTHd, self.q_norm, shared.turn).to(v_BTKd.dtype)
-        k_BTKd = self._turned(k_BTKd, self.k_norm, shared.turn).to(v_BTKd.dtype)
-        out_BTHd = shared.sight.attend(self.layer, q_BTHd, k_BTKd, v_BTKd)
-        result: Tensor = self.o_proj(out_BTHd.reshape(B, T, -1))
-        return result
-
-    @staticmethod
-    def _turned(x_BTHd: Tensor, norm: RmsNorm | None, turn: Rotation) -> Tensor:
-        return norm_rope(x_BTHd, None, 0.0, turn) if norm is None else norm_rope(x_BTHd, norm.weight, norm.eps, turn)
 
 
 class Mlp(nn.Module):
@@ -126,10 +69,11 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.self_attn = Attention(config, layer, dtype=dtype)
+        self.self_attn = ATTENTIONS[config.attention](config, layer, dtype=dtype)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.mlp: MoE | Mlp
-        if layer >= config.first_k_dense_replace:
+        # layers beyond the decoder's are MTP's, always MoE even if every layer of the decoder is dense
+        if config.is_moe(layer) or layer >= config.num_hidden_layers:
             self.mlp = MoE(config, dtype=dtype)
         else:
             self.mlp = Mlp(config.hidden_size, config.intermediate_size, dtype=dtype)

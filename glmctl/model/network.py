@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glmctl.kernels.rope import rotation
+from glmctl.kernels.rope import rotation, yarn_frequencies
 from glmctl.model.attention import Sight, choose_sight
-from glmctl.model.block import DecoderLayer, MoE, Pass, RmsNorm
+from glmctl.model.block import DecoderLayer, MoE
 from glmctl.model.cache import KVCache
 from glmctl.model.config import ModelConfig
+from glmctl.model.projections import Pass, RmsNorm
 from glmctl.model.router import Router, RouterStats
 
 __all__ = ["GlmMoe", "MtpLayer", "RouterStats"]
@@ -178,9 +179,21 @@ class GlmMoe(nn.Module):
     def _share(
         self, positions_BT: Tensor, sight: Sight, documents_BT: Tensor | None, stats: RouterStats | None
     ) -> Pass:
-        c = self.config
+        c, yarn = self.config, self.config.rope_scaling
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        frequencies, scale = None, 1.0
+        if yarn is not None:
+            frequencies = yarn_frequencies(
+                c.rotary_dim,
+                c.rope_theta,
+                factor=yarn.factor,
+                original_length=yarn.original_max_position_embeddings,
+                beta_fast=yarn.beta_fast,
+                beta_slow=yarn.beta_slow,
+            )
+            scale = yarn.table_scale
         turn = rotation(
-            positions_BT, c.rotary_dim, c.head_dim, c.rope_theta, torch.promote_types(self.dtype, torch.float32)
+            positions_BT, c.rotary_dim, c.rope_head_dim, c.rope_theta, dtype, frequencies=frequencies, scale=scale
         )
         if stats is not None:
             stats.valid_BT = None if documents_BT is None else documents_BT >= 0
@@ -202,9 +215,7 @@ class MtpLayer(nn.Module):
         self.enorm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.hnorm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False, dtype=dtype)
-        # always MoE, even if every layer of the decoder is dense
-        first_moe = config.model_copy(update={"first_k_dense_replace": 0})
-        self.layer = DecoderLayer(first_moe, config.num_hidden_layers, dtype=dtype)
+        self.layer = DecoderLayer(config, config.num_hidden_layers, dtype=dtype)
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
 
     def forward(

@@ -75,7 +75,10 @@ class RouterStats:
 
 
 class Router(nn.Module):
-    """Scores every expert for every token in fp32 and chooses (spec section 1.3)."""
+    """Scores every expert for every token in fp32 and chooses (spec section 1.3; softmax scores: section 1.8).
+
+    A softmax router has no selection bias: its buffer makes all routers alike, but is neither used nor stored.
+    """
 
     e_score_correction_bias: Tensor
 
@@ -83,17 +86,20 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size, dtype=dtype))
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+        self.biased = config.scoring_func == "sigmoid"
+        bias_E = torch.zeros(config.n_routed_experts, dtype=torch.float32)
+        self.register_buffer("e_score_correction_bias", bias_E, persistent=self.biased)
 
     def forward(self, x_ND: Tensor, *, rows: int, stats: RouterStats | None) -> tuple[Tensor, Tensor]:
         """x [N, D] -> experts [N, k] int64 and weights [N, k] fp32. Gradient flows to `weight`, never to the bias."""
         with torch.autocast(x_ND.device.type, enabled=False):
             wide = torch.promote_types(x_ND.dtype, torch.float32)
-            scores_NE = F.linear(x_ND.to(wide), self.weight.to(wide)).sigmoid()
+            logits_NE = F.linear(x_ND.to(wide), self.weight.to(wide))
+            scores_NE = logits_NE.sigmoid() if self.biased else logits_NE.softmax(-1)
         c = self.config
         index_NK, weight_NK = router_topk(
             scores_NE,
-            self.e_score_correction_bias,
+            self.e_score_correction_bias if self.biased else None,
             top_k=c.num_experts_per_tok,
             groups=c.n_group,
             groups_kept=c.topk_group,

@@ -1,4 +1,7 @@
-"""Names: Hugging Face's one-tensor-per-expert names on disk, stacked experts in memory (spec sections 1.4, 1.5)."""
+"""Names: those of the released files on disk, ours in memory, experts stacked (spec sections 1.4, 1.5, 1.8, 1.9).
+
+GLM-4.5 and DeepSeek-V3 (Kimi K2) store one tensor for each matrix of each expert, Step 3 stacks them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     """on disk"""
     expert: int | None = None
-    """index into the stacked tensor, None = all of it"""
+    """index into the stacked tensor, None = all experts"""
     half: int | None = None
     """0: rows of gate, 1: rows of up, of the stacked gate_up_proj"""
     copy: bool = False
@@ -29,13 +32,16 @@ class Entry(NamedTuple):
 
     def view(self, tensor: Tensor) -> Tensor:
         """The part of the in-memory tensor that this entry is; shares its memory."""
-        if self.expert is None:
-            return tensor
-        part = tensor[self.expert]
+        part = tensor if self.expert is None else tensor[self.expert]
         if self.half is None:
             return part
-        width = part.shape[0] // 2
-        return part[self.half * width : (self.half + 1) * width]
+        width = part.shape[-2] // 2
+        return part[..., self.half * width : (self.half + 1) * width, :]
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of the in-memory tensor."""
+        return self.expert is None and self.half is None
 
 
 def entries(config: ModelConfig) -> Iterator[Entry]:
@@ -46,8 +52,7 @@ def entries(config: ModelConfig) -> Iterator[Entry]:
     head = embedding if c.tie_word_embeddings else Entry("lm_head.weight", "lm_head.weight", vocabulary)
     yield embedding
     for layer in range(c.num_hidden_layers):
-        moe = layer >= c.first_k_dense_replace
-        yield from _decoder_layer(c, f"model.layers.{layer}", f"layers.{layer}", moe=moe)
+        yield from _decoder_layer(c, f"model.layers.{layer}", f"layers.{layer}", moe=c.is_moe(layer))
     if c.num_nextn_predict_layers:
         disk = f"model.layers.{c.num_hidden_layers}"
         width = (c.hidden_size,)
@@ -67,8 +72,20 @@ def _decoder_layer(c: ModelConfig, disk: str, memory: str, *, moe: bool) -> Iter
     def same(name: str, *shape: int) -> Entry:
         return Entry(f"{disk}.{name}", f"{memory}.{name}", shape)
 
-    D, query, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    D = c.hidden_size
     yield same("input_layernorm.weight", D)
+    yield from _ATTENTION[c.attention](same, c)
+    yield same("post_attention_layernorm.weight", D)
+    if not moe:
+        yield from _mlp(same, "mlp", D, c.intermediate_size)
+    elif c.attention == "mfa":
+        yield from _step3_moe(c, disk, memory)
+    else:
+        yield from _moe(same, c, disk, memory)
+
+
+def _gqa(same: Callable[..., Entry], c: ModelConfig) -> Iterator[Entry]:
+    D, query, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     for name, width in (("q_proj", query), ("k_proj", kv), ("v_proj", kv)):
         yield same(f"self_attn.{name}.weight", width, D)
         if c.attention_bias:
@@ -77,13 +94,44 @@ def _decoder_layer(c: ModelConfig, disk: str, memory: str, *, moe: bool) -> Iter
     if c.use_qk_norm:
         yield same("self_attn.q_norm.weight", c.head_dim)
         yield same("self_attn.k_norm.weight", c.head_dim)
-    yield same("post_attention_layernorm.weight", D)
-    if not moe:
-        yield from _mlp(same, "mlp", D, c.intermediate_size)
-        return
-    width = c.moe_intermediate_size
+
+
+def _mla(same: Callable[..., Entry], c: ModelConfig) -> Iterator[Entry]:
+    assert c.kv_lora_rank is not None
+    assert c.qk_nope_head_dim is not None
+    D, heads, rank = c.hidden_size, c.num_attention_heads, c.kv_lora_rank
+    if c.q_lora_rank is None:
+        yield same("self_attn.q_proj.weight", heads * c.head_dim, D)
+    else:
+        yield same("self_attn.q_a_proj.weight", c.q_lora_rank, D)
+        yield same("self_attn.q_a_layernorm.weight", c.q_lora_rank)
+        yield same("self_attn.q_b_proj.weight", heads * c.head_dim, c.q_lora_rank)
+    yield same("self_attn.kv_a_proj_with_mqa.weight", rank + c.rope_head_dim, D)
+    yield same("self_attn.kv_a_layernorm.weight", rank)
+    yield same("self_attn.kv_b_proj.weight", heads * (c.qk_nope_head_dim + c.value_dim), rank)
+    yield same("self_attn.o_proj.weight", D, heads * c.value_dim)
+
+
+def _mfa(same: Callable[..., Entry], c: ModelConfig) -> Iterator[Entry]:
+    assert c.q_lora_rank is not None
+    D, query, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    yield same("self_attn.q_proj.weight", c.q_lora_rank, D)
+    yield same("self_attn.inter_norm.weight", c.q_lora_rank)
+    yield same("self_attn.wq.weight", query, c.q_lora_rank)
+    yield same("self_attn.k_proj.weight", kv, D)
+    yield same("self_attn.v_proj.weight", kv, D)
+    yield same("self_attn.o_proj.weight", D, query)
+
+
+_ATTENTION = {"gqa": _gqa, "mla": _mla, "mfa": _mfa}
+
+
+def _moe(same: Callable[..., Entry], c: ModelConfig, disk: str, memory: str) -> Iterator[Entry]:
+    """GLM's and DeepSeek's names: one tensor per expert and matrix."""
+    D, width = c.hidden_size, c.moe_intermediate_size
     yield same("mlp.gate.weight", c.n_routed_experts, D)
-    yield same("mlp.gate.e_score_correction_bias", c.n_routed_experts)
+    if c.scoring_func == "sigmoid":
+        yield same("mlp.gate.e_score_correction_bias", c.n_routed_experts)
     stacked = f"{memory}.mlp.experts"
     for e in range(c.n_routed_experts):
         one = f"{disk}.mlp.experts.{e}"
@@ -92,6 +140,27 @@ def _decoder_layer(c: ModelConfig, disk: str, memory: str, *, moe: bool) -> Iter
         yield Entry(f"{one}.down_proj.weight", f"{stacked}.down_proj", (D, width), e)
     if c.n_shared_experts:
         yield from _mlp(same, "mlp.shared_experts", D, width * c.n_shared_experts)
+
+
+def _step3_moe(c: ModelConfig, disk: str, memory: str) -> Iterator[Entry]:
+    """Step 3's names: experts stacked on disk too, gate and up apart; the shared expert stands beside `moe`."""
+    E, D, width = c.n_routed_experts, c.hidden_size, c.moe_intermediate_size
+    yield Entry(f"{disk}.moe.gate.weight", f"{memory}.mlp.gate.weight", (E, D))
+    if c.scoring_func == "sigmoid":
+        bias = "gate.e_score_correction_bias"
+        yield Entry(f"{disk}.moe.{bias}", f"{memory}.mlp.{bias}", (E,))
+    yield Entry(f"{disk}.moe.gate_proj.weight", f"{memory}.mlp.experts.gate_up_proj", (E, width, D), half=0)
+    yield Entry(f"{disk}.moe.up_proj.weight", f"{memory}.mlp.experts.gate_up_proj", (E, width, D), half=1)
+    yield Entry(f"{disk}.moe.down_proj.weight", f"{memory}.mlp.experts.down_proj", (E, D, width))
+
+    def shared(name: str, *shape: int) -> Entry:
+        return Entry(f"{disk}.share_expert.{name}", f"{memory}.mlp.shared_experts.{name}", shape)
+
+    if c.n_shared_experts:
+        width *= c.n_shared_experts
+        yield shared("gate_proj.weight", width, D)
+        yield shared("up_proj.weight", width, D)
+        yield shared("down_proj.weight", D, width)
 
 
 def _mlp(same: Callable[..., Entry], name: str, hidden_size: int, width: int) -> Iterator[Entry]:
@@ -119,7 +188,7 @@ def from_hf_names(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str,
         if entry.copy:
             continue
         tensor = state[entry.disk]
-        if entry.expert is None:
+        if entry.whole:
             result[entry.memory] = tensor
             continue
         if entry.memory not in result:
@@ -133,7 +202,7 @@ def memory_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     E, D, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
     shapes: dict[str, tuple[int, ...]] = {}
     for entry in entries(config):
-        if entry.expert is None:
+        if entry.whole:
             shapes[entry.memory] = entry.shape
         else:
             shapes[entry.memory] = (E, 2 * width, D) if entry.half is not None else (E, D, width)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from glmctl.model.config import ModelConfig
+from glmctl.model.cost import vectors
 from glmctl.recipe.schema import (
     BatchRamp,
     DistillRecipe,
@@ -114,15 +115,9 @@ def memory(config: ModelConfig, optimizer: Any) -> dict[str, int]:
 
 def _adamw_elements(config: ModelConfig, spec: MuonSpec) -> int:
     """Elements that Muon leaves to AdamW: embedding, (by default) head, biases and norms."""
-    d, heads = config.hidden_size, config.head_dim
-    layers = config.num_hidden_layers + config.num_nextn_predict_layers
-    per_layer = 2 * d
-    per_layer += 2 * heads if config.use_qk_norm else 0
-    if config.attention_bias:
-        per_layer += heads * (config.num_attention_heads + 2 * config.num_key_value_heads)
-    vocabulary = config.vocab_size * d
+    vocabulary = config.vocab_size * config.hidden_size
     head = 0 if config.tie_word_embeddings or spec.head == "muon" else vocabulary
-    return layers * per_layer + d + 3 * d * config.num_nextn_predict_layers + vocabulary + head
+    return sum(vectors(config)) + vocabulary + head
 
 
 def rope_thetas(recipe: PretrainRecipe) -> list[float]:

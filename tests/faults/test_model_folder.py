@@ -197,7 +197,9 @@ def test_unreadable_config(single: Path, text: str) -> None:
         {"quantization_config": {"quant_method": "fp8"}},
         {"num_attention_heads": 5},
         {"hidden_size": "many"},
-        {"scoring_func": "softmax"},
+        {"scoring_func": "tanh"},
+        {"rope_scaling": "yarn"},
+        {"use_moe_router_bias": True},
     ],
 )
 def test_configs_we_would_compute_wrongly_are_refused(single: Path, changes: dict[str, Any]) -> None:

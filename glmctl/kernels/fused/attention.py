@@ -15,12 +15,13 @@ from glmctl.kernels.fused.library import call, compiled, strip
 
 
 def usable(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> bool:
-    """Whether `documents` takes these: fp32 on the CPU, wanted with gradients, heads of a suitable width.
+    """Whether `documents` takes these: fp32 on the CPU, wanted with gradients, heads of one suitable width.
 
     Without gradients (validation, the engine) torch's own attention is used: the engine is held to it.
     """
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (q_BTHd, k_BTKd, v_BTKd))
-    return wanted and compiled(q_BTHd, k_BTKd, v_BTKd) is not None and q_BTHd.shape[-1] % strip() == 0
+    one_width = q_BTHd.shape[-1] == v_BTKd.shape[-1]
+    return wanted and one_width and compiled(q_BTHd, k_BTKd, v_BTKd) is not None and q_BTHd.shape[-1] % strip() == 0
 
 
 def documents(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, start_S: Tensor, length_S: Tensor) -> Tensor:
