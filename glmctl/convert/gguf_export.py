@@ -16,7 +16,7 @@ from glmctl.convert.gguf_vocabulary import add_vocabulary
 from glmctl.convert.source import StoredModel
 from glmctl.convert.stored import Stored, cast, concatenated, mapped
 from glmctl.convert.write import Folder
-from glmctl.errors import EnvironmentProblem
+from glmctl.errors import DataError, EnvironmentProblem
 from glmctl.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ def write_gguf(model: StoredModel, folder: Folder, dtype: str) -> None:
     Raises DataError when there is no tokenizer, or one whose pieces llama.cpp would cut differently, and
     EnvironmentProblem when the `gguf` package is absent.
     """
+    if model.config.attention != "gqa" or model.config.rope_scaling or model.config.scoring_func != "sigmoid":
+        raise DataError(f"{model.source.path}: GGUF export knows GLM's architecture only")
     gguf = _package()
     kind = str(model.dtype).removeprefix("torch.") if dtype == "keep" else dtype
     tensors = {name: _encode(name, tensor, kind) for name, tensor in _stacked(model)}

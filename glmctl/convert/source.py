@@ -131,9 +131,13 @@ def _open_checkpoint(source: Source) -> StoredModel:
 
 def _part(file: TensorFile, entry: Entry) -> Stored:
     whole = from_file(file, entry.memory)
-    if entry.expert is None:
+    if entry.whole:
         return whole
     rows_an_expert = whole.shape[1]
+    if entry.expert is None:
+        first = (entry.half or 0) * (rows_an_expert // 2)
+        starts = (e * rows_an_expert + first for e in range(entry.shape[0]))
+        return concatenated([section(whole, start, entry.shape[1:]) for start in starts], entry.shape)
     first = entry.expert * rows_an_expert + (entry.half or 0) * (rows_an_expert // 2)
     return section(whole, first, entry.shape)
 
@@ -164,8 +168,13 @@ def in_memory(model: StoredModel) -> dict[str, Stored]:
         if entry.copy:
             continue
         tensor = model.tensors[entry.disk]
-        if entry.expert is None:
+        if entry.whole:
             result[entry.memory] = tensor
+        elif entry.expert is None:
+            for e in range(entry.shape[0]):
+                one = section(tensor, e * entry.shape[1], entry.shape[1:])
+                parts.setdefault(entry.memory, {})[e, entry.half or 0] = one
+            result.setdefault(entry.memory, tensor)
         else:
             parts.setdefault(entry.memory, {})[entry.expert, entry.half or 0] = tensor
             result.setdefault(entry.memory, tensor)  # keeps the order of the file

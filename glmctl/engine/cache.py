@@ -13,8 +13,9 @@ BLOCK_SIZE = 16
 class PagedCache:
     """Room for `blocks` x `block_size` places in every layer.
 
-    `keys[l]` and `values[l]` are contiguous [blocks, K, block_size, d]; layer `num_hidden_layers` is the MTP layer's,
-    when `layers` counts it. A sequence's place p lies in block `table[p // block_size]` at offset
+    `keys[l]` and `values[l]` are contiguous [blocks, K, block_size, d], K and the widths those of
+    `ModelConfig.cache_spec` (MLA's values have none: they are the leading part of its keys); layer `num_hidden_layers`
+    is the MTP layer's, when `layers` counts it. A sequence's place p lies in block `table[p // block_size]` at offset
     `p % block_size`, where `table` is its row of block ids. Block 0 belongs to nobody: tables are padded with it.
     Keys are stored rotated.
     """
@@ -33,9 +34,10 @@ class PagedCache:
         assert block_size >= 1
         assert block_size & (block_size - 1) == 0, "block_size must be a power of two"
         self.config, self.blocks, self.block_size = config, blocks, block_size
-        shape = (blocks, config.num_key_value_heads, block_size, config.head_dim)
-        self.keys = [_zeros(shape, device, dtype) for _ in range(layers)]
-        self.values = [_zeros(shape, device, dtype) for _ in range(layers)]
+        spec = config.cache_spec
+        shape = (blocks, spec.heads, block_size)
+        self.keys = [_zeros((*shape, spec.key_dim), device, dtype) for _ in range(layers)]
+        self.values = [_zeros((*shape, spec.value_dim), device, dtype) for _ in range(layers)]
 
     @property
     def nbytes(self) -> int:
@@ -45,7 +47,7 @@ class PagedCache:
     @staticmethod
     def bytes_per_block(config: ModelConfig, layers: int, block_size: int, dtype: torch.dtype) -> int:
         """What one block costs."""
-        return 2 * layers * config.num_key_value_heads * block_size * config.head_dim * dtype.itemsize
+        return layers * config.cache_spec.numbers * block_size * dtype.itemsize
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:

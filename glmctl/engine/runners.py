@@ -15,6 +15,7 @@ from glmctl.engine.runner import Runner
 from glmctl.engine.torch_runner import TorchRunner
 from glmctl.errors import EnvironmentProblem, GlmctlError, unknown
 from glmctl.kernels.cpu.library import library
+from glmctl.model.config import ModelConfig
 from glmctl.model.network import GlmMoe
 from glmctl.recipe.use import RunnerName
 
@@ -24,9 +25,9 @@ MakeRunner = Callable[[GlmMoe, PagedCache], Runner]
 def runner_named(name: RunnerName) -> MakeRunner:
     """What makes the runner of this name for a model and its cache. RecipeError for an unknown name.
 
-    `auto` is the native one for an fp32 model on the CPU and torch's for everything else; where the native one cannot
-    be compiled it says so, once, and takes torch's. A `native` one that is asked for by name and cannot be had is an
-    EnvironmentProblem; for a model on another device it is a GlmctlError.
+    `auto` is the native one for an fp32 model of GLM's architecture on the CPU and torch's for everything else (MLA and
+    MFA among it); where the native one cannot be compiled it says so, once, and takes torch's. A `native` one that is
+    asked for by name and cannot be had is an EnvironmentProblem; for a model that it cannot compute, a GlmctlError.
     """
     if name not in get_args(RunnerName):
         raise unknown("runner", name, get_args(RunnerName))
@@ -39,7 +40,7 @@ def runner_named(name: RunnerName) -> MakeRunner:
 
 def automatic(model: GlmMoe, cache: PagedCache) -> Runner:
     """See `runner_named`."""
-    if model.device.type != "cpu" or model.dtype != torch.float32 or not _compiles():
+    if model.device.type != "cpu" or model.dtype != torch.float32 or _foreign(model.config) or not _compiles():
         return TorchRunner(model, cache)
     return NativeRunner(model, cache)
 
@@ -47,11 +48,24 @@ def automatic(model: GlmMoe, cache: PagedCache) -> Runner:
 def _native(name: RunnerName, model: GlmMoe, cache: PagedCache) -> Runner:
     if model.device.type != "cpu":
         raise GlmctlError(f"runner: '{name}' computes on the CPU; the model is on {model.device}")
+    if foreign := _foreign(model.config):
+        raise GlmctlError(f"runner: '{name}' computes GLM's architecture; this model has {foreign}")
     if cache.keys[0].dtype != torch.float32:
         raise GlmctlError(f"runner: '{name}' keeps keys and values in fp32; load the model with dtype float32")
     if name == "native-bf16":
         return NativeRunner(model, cache, weights="bf16")
     return NativeRunner(model, cache, weights="int8" if name == "native-int8" else "stored")
+
+
+def _foreign(config: ModelConfig) -> str | None:
+    """What the compiled step does not know of the family's other architectures, if the model has any of it."""
+    if config.attention != "gqa":
+        return f"attention '{config.attention}'"
+    if config.scoring_func != "sigmoid":
+        return f"a {config.scoring_func} router"
+    if config.rope_scaling is not None:
+        return "RoPE scaling"
+    return "dense layers at the end" if config.last_k_dense_replace else None
 
 
 @lru_cache(maxsize=1)

@@ -111,10 +111,12 @@ class _Group:
 class PagedSight:
     """How the rows of one step see the cache (`model.attention.Sight`)."""
 
+    continues = True
+
     def __init__(self, cache: PagedCache, batch: StepBatch, first_place: int, scratch: Scratch) -> None:
         self.cache, self.scratch = cache, scratch
         device = cache.keys[0].device
-        size, heads = cache.block_size, cache.config.num_key_value_heads
+        size, heads = cache.block_size, cache.config.cache_spec.heads
         position, sequence = batch.position_N.numpy(), batch.sequence_N.numpy()
         table_SM = batch.block_table_SM.numpy()
         assert len(position) > 0
@@ -125,15 +127,19 @@ class PagedSight:
         self.place_P = torch.from_numpy(place_NK.reshape(-1)).to(device)
         self.groups = list(_groups(position, sequence, table_SM, cache, first_place))
 
-    def attend(self, layer: int, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+    def attend(
+        self, layer: int, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, stored_BT1k: Tensor | None = None
+    ) -> Tensor:
         """Store this layer's keys and values of every row, then attend. B is 1 and T the step's N."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         d = keys.shape[-1]
-        for stored, new in ((keys, k_BTKd), (values, v_BTKd)):
+        # a compressed cache keeps one vector a place, which is the key; its values are that key's leading part
+        for stored, new in ((keys, k_BTKd), (values, v_BTKd)) if stored_BT1k is None else ((keys, stored_BT1k),):
             stored.view(-1, d).index_copy_(0, self.place_P, new.reshape(-1, d).to(stored.dtype))
+        shape = (*q_BTHd.shape[:-1], v_BTKd.shape[-1])
         if len(self.groups) == 1 and self.groups[0].real_P is None and isinstance(self.groups[0].rows, slice):
-            return self._attend_group(self.groups[0], keys, values, q_BTHd, k_BTKd, v_BTKd).reshape(q_BTHd.shape)
-        out_BTHd = torch.empty_like(q_BTHd)
+            return self._attend_group(self.groups[0], keys, values, q_BTHd, k_BTKd, v_BTKd).reshape(shape)
+        out_BTHd = q_BTHd.new_empty(shape)
         for group in self.groups:
             out_PHd = self._attend_group(group, keys, values, q_BTHd, k_BTKd, v_BTKd).flatten(0, 1)
             if group.real_P is not None:
@@ -150,6 +156,8 @@ class PagedSight:
             k_STKd, v_STKd = (x[0, group.rows].reshape(S, T, *x.shape[2:]) for x in (k_BTKd, v_BTKd))
             return causal_attention(q_STHd, k_STKd, v_STKd)
         k_SKJd = self._gather(0, keys, group.head_block_SKM)[:, :, group.seen].to(q_STHd.dtype)
+        if values.shape[-1] == 0:
+            return cached_attention(q_STHd, k_SKJd, k_SKJd[..., : v_BTKd.shape[-1]], group.visible_STJ)
         v_SKJd = self._gather(1, values, group.head_block_SKM)[:, :, group.seen].to(q_STHd.dtype)
         return cached_attention(q_STHd, k_SKJd, v_SKJd, group.visible_STJ)
 
@@ -205,7 +213,7 @@ def _group(
     head_block_SKM = visible_STJ = None
     seen = slice(first_place, int(end.max()))
     if table_SM is not None:
-        heads = cache.config.num_key_value_heads
+        heads = cache.config.cache_spec.heads
         blocks = -(-seen.stop // cache.block_size)
         head_block = table_SM[:, None, :blocks].astype(np.int64) * heads + np.arange(heads)[:, None]
         head_block_SKM = torch.from_numpy(head_block).to(device)

@@ -116,6 +116,16 @@ def test_checkpoint_to_folder_to_checkpoint(model: GlmMoe, tmp_path: Path) -> No
     assert compare(written, tmp_path / "c3").identical
 
 
+def test_every_architecture_of_the_family_converts_both_ways(family_config: ModelConfig, tmp_path: Path) -> None:
+    """Step 3's files stack experts with gate and up apart, a checkpoint stacks them together."""
+    written = write_checkpoint(GlmMoe(family_config, seed=3), tmp_path / "train" / "checkpoints" / "step-00000007")
+    summary, exported = run_recipe(tmp_path / "c1", source=str(written), shard_bytes=50_000)
+    assert summary["identical"] is True
+    assert summary["max_logit_difference"] == 0.0
+    _, back = run_recipe(tmp_path / "c2", source=str(exported), to="checkpoint")
+    assert digests(back) == digests(written)
+
+
 def _header_bytes(folder: Path) -> int:
     return sum(8 + int.from_bytes(p.read_bytes()[:8], "little") for p in folder.glob("*.safetensors"))
 
