@@ -33,6 +33,7 @@ TABLE = {
     "generate": "Generate one reply on the terminal.",
     "info": "Compare architectures: sizes, FLOPs a token, cache; every figure computed.",
     "recipe": "List, show and check recipes.",
+    "doctor": "Say what this machine offers, and how to get the rest.",
 }
 """command -> its line of help; the module is glmctl.commands.<name>"""
 

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from glmctl.errors import nearest
 from glmctl.recipe.curation import LOCAL_STAGES, Stage
 from glmctl.recipe.sections import RecipeBase, Section
+from glmctl.recipe.tasks import AlgebraTask, CodeTask, CustomTask, GymTask, InstructionsTask, ScienceTask
 
 
 class TextSource(Section):
@@ -220,7 +221,10 @@ class ToolUseTask(Section):
     max_value: int = Field(99, gt=0)
 
 
-Task = Annotated[ArithmeticTask | ToolUseTask, Field(discriminator="type")]
+Task = Annotated[
+    ArithmeticTask | ToolUseTask | AlgebraTask | GymTask | CodeTask | ScienceTask | InstructionsTask | CustomTask,
+    Field(discriminator="type"),
+]
 
 
 class ProblemsRecipe(RecipeBase):

@@ -32,7 +32,7 @@ from glmctl.recipe.data import (
 )
 from glmctl.recipe.finetune import DistillRecipe, SftRecipe, Teacher
 from glmctl.recipe.pretrain import Balance, BatchRamp, MtpLoss, PretrainRecipe, TrainStage, Validation
-from glmctl.recipe.rl import GrpoSpec, RlRecipe
+from glmctl.recipe.rl import GrpoSpec, GspoSpec, OverlongPenalty, PolicySpec, RlRecipe, SandboxLevel, SandboxSpec
 from glmctl.recipe.sections import (
     AdamWSpec,
     CheckpointPolicy,
@@ -44,31 +44,40 @@ from glmctl.recipe.sections import (
     Schedule,
     Section,
 )
+from glmctl.recipe.tasks import AlgebraTask, CodeTask, CustomTask, GymTask, InstructionsTask, ScienceTask
 from glmctl.recipe.use import ConvertRecipe, EvalRecipe, ServeRecipe
 
 __all__ = [
     "AdamWSpec",
+    "AlgebraTask",
     "ArithmeticTask",
     "Balance",
     "BatchRamp",
     "BundledText",
     "CheckpointPolicy",
+    "CodeTask",
     "ConversationsSource",
     "ConvertRecipe",
+    "CustomTask",
     "DataRecipe",
     "DistillRecipe",
     "EvalRecipe",
     "FillInTheMiddle",
     "Finetuning",
     "GrpoSpec",
+    "GspoSpec",
+    "GymTask",
     "HuggingFaceSource",
+    "InstructionsTask",
     "JsonLinesSource",
     "MtpLoss",
     "MuonSpec",
     "Optimizer",
+    "OverlongPenalty",
     "ParquetSource",
     "PipelineRecipe",
     "PipelineStage",
+    "PolicySpec",
     "PretrainRecipe",
     "ProblemsRecipe",
     "ReasoningRecipe",
@@ -77,7 +86,10 @@ __all__ = [
     "RepositoryHistory",
     "RlRecipe",
     "Sampling",
+    "SandboxLevel",
+    "SandboxSpec",
     "Schedule",
+    "ScienceTask",
     "Section",
     "ServeRecipe",
     "SftRecipe",

@@ -34,3 +34,12 @@ def sample_std(values: Sequence[float]) -> float:
     """Standard deviation with n - 1 in the denominator."""
     mean = math.fsum(values) / len(values)
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def overlong_penalty(length: int, limit: int, cache: int) -> float:
+    """0 up to `limit - cache` tokens, then falling in a straight line to -1 at `limit`, and -1 beyond.
+
+    DAPO's soft over-long punishment (arXiv 2503.14476, eq. 13).
+    """
+    free = limit - cache
+    return 0.0 if length <= free else max(-1.0, (free - length) / cache)

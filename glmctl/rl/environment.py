@@ -46,7 +46,7 @@ class Problem:
     id: str
     task: str
     prompt: str
-    answer: int
+    answer: int | str
     state: Mapping[str, Any] = field(default_factory=dict)
 
     def to_row(self) -> dict[str, Any]:
@@ -61,10 +61,11 @@ class Problem:
         """Read a row back. Raises DataError naming `where` (file:line) and what is missing or of the wrong type."""
         if not isinstance(row, dict):
             raise DataError(f"{where}: a problem is a JSON object, found {type(row).__name__}")
-        wanted: dict[str, type] = {"id": str, "task": str, "prompt": str, "answer": int}
-        for key, kind in wanted.items():
-            if type(row.get(key)) is not kind:
-                raise DataError(f"{where}: '{key}' must be {kind.__name__}, found {row.get(key)!r}")
+        wanted: dict[str, tuple[type, ...]] = {"id": (str,), "task": (str,), "prompt": (str,), "answer": (int, str)}
+        for key, kinds in wanted.items():
+            if type(row.get(key)) not in kinds:
+                names = " or ".join(kind.__name__ for kind in kinds)
+                raise DataError(f"{where}: '{key}' must be {names}, found {row.get(key)!r}")
         state = row.get("state", {})
         if not isinstance(state, dict):
             raise DataError(f"{where}: 'state' must be an object, found {state!r}")

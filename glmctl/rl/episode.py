@@ -37,7 +37,9 @@ class Trajectory:
     logprobs: list[float] = field(default_factory=list)
     """nats, under the sampling temperature, before any truncation of the distribution"""
     versions: list[int] = field(default_factory=list)
-    """weight version of each model turn"""
+    """weight version of each stretch of generated tokens: one a model turn, one more for each time it was carried"""
+    born: int = 0
+    """the step in which its first token was generated"""
     reward: float | None = None
     """None: infrastructure failure, to be masked"""
     stop_reason: StopReason = StopReason.INFRASTRUCTURE

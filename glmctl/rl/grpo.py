@@ -26,17 +26,20 @@ from glmctl.recipe.schema import RlRecipe
 from glmctl.rl.advantage import has_signal
 from glmctl.rl.environment import Problem
 from glmctl.rl.episode import Trajectory
+from glmctl.rl.invariants import check_versions
 from glmctl.rl.journal import Journal
-from glmctl.rl.learn import UpdateStats, check_versions, update, weigh
-from glmctl.rl.pack import pack
+from glmctl.rl.learn import UpdateStats
+from glmctl.rl.policy import Policy
 from glmctl.rl.rollout import rollout, rollout_engine
+from glmctl.rl.sandbox import boxes
+from glmctl.rl.sandbox.execute import sandbox
 from glmctl.rl.score import GREEDY, Score, load_heldout, score_problems
 from glmctl.rl.seeds import derive_seed
+from glmctl.rl.tasks import RUNS_CODE
 from glmctl.run.directory import Run, resolve_model
 from glmctl.run.signals import StopFlag
 from glmctl.training.schedule import lr_at
 from glmctl.training.session import Session
-from glmctl.training.step import Stepper
 
 
 def run(recipe: RlRecipe, run: Run) -> dict[str, Any]:
@@ -44,7 +47,7 @@ def run(recipe: RlRecipe, run: Run) -> dict[str, Any]:
 
     Summary: heldout_start, heldout_end (greedy accuracy, 0..1), heldout_gain_points, well_formed_start, well_formed
     (share of held-out answers that the template parses, before and after), reward_first, reward_last, steps.
-    Raises RecipeError for a recipe that cannot learn, the named errors of `rl.learn` when an invariant breaks,
+    Raises RecipeError for a recipe that cannot learn, the named errors of `rl.invariants` when one breaks,
     EnvironmentProblem when over 20% of a batch's rollouts fail in the machinery, Interrupted after a signal.
     """
     folder = resolve_model(recipe.model)
@@ -62,11 +65,33 @@ def run(recipe: RlRecipe, run: Run) -> dict[str, Any]:
         trackers=recipe.trackers,
     )
     engine = rollout_engine(model, recipe.episode_tokens)
+    policy = Policy(model, session.stepper, recipe, folder)
     journal = Journal(run, template)
 
     done = session.resume()
     journal.truncate(done)
     engine.load_weights(done)
+    if any(problem.task in RUNS_CODE for problem in [*train, *heldout]):
+        boxes.require(recipe.sandbox)
+        console.note(f"code of the model runs in sandbox level {recipe.sandbox.level}")
+    with sandbox(recipe.sandbox):
+        train_steps(recipe, session, engine, template, policy, journal, train, heldout, done)
+    session.export(folder)
+    return summary(run.metrics.rows())
+
+
+def train_steps(
+    recipe: RlRecipe,
+    session: Session,
+    engine: Engine,
+    template: ChatTemplate,
+    policy: Policy,
+    journal: Journal,
+    train: Sequence[Problem],
+    heldout: Sequence[Problem],
+    done: int,
+) -> None:
+    """Every step after `done`: rollouts, updates, the new weights to the engine, the log, a checkpoint."""
     if done == 0:
         journal.evaluated(0, evaluate(engine, template, heldout, recipe))
     with StopFlag() as stop, console.progress(recipe.name, recipe.steps, start=done) as progress:
@@ -87,7 +112,7 @@ def run(recipe: RlRecipe, run: Run) -> dict[str, Any]:
 
             groups = choose_groups(trajectories, recipe)
             lr = lr_at(step / recipe.steps, recipe.schedule)
-            updates = learn(model, session.stepper, groups, recipe, lr) if groups else []
+            updates = policy.learn(groups, step, lr, recipe.sampling.temperature) if groups else []
             engine.load_weights(step)
 
             row = metrics_row(trajectories, len(groups), updates)
@@ -97,11 +122,11 @@ def run(recipe: RlRecipe, run: Run) -> dict[str, Any]:
                 score = evaluate(engine, template, heldout, recipe)
             journal.stepped(step, row, trajectories, score)
             if recipe.trackers:
-                accelerator.log({key: value for key, value in row.items() if isinstance(value, int | float)}, step=step)
+                session.accelerator.log(
+                    {key: value for key, value in row.items() if isinstance(value, int | float)}, step=step
+                )
             session.end_step(step, recipe.steps, stop)
             progress.advance(reward=row["reward_mean"], heldout=journal.heldout)
-    session.export(folder)
-    return summary(run.metrics.rows())
 
 
 def check(recipe: RlRecipe, model: GlmMoe, processes: int) -> None:
@@ -112,6 +137,11 @@ def check(recipe: RlRecipe, model: GlmMoe, processes: int) -> None:
         raise RecipeError("sampling.temperature: 0 is greedy; the samples of a group would all be the same")
     if recipe.mtp_weight > 0 and model.mtp is None:
         raise RecipeError("mtp_weight: the model has no multi-token-prediction layer")
+    overlong = recipe.objective.overlong
+    if overlong is not None and overlong.cache_tokens > recipe.sampling.max_tokens:
+        raise RecipeError(
+            f"objective.overlong.cache_tokens: more than sampling.max_tokens, {recipe.sampling.max_tokens}"
+        )
 
 
 def load_problems(recipe: RlRecipe) -> tuple[list[Problem], list[Problem]]:
@@ -147,27 +177,6 @@ def choose_groups(trajectories: Sequence[Trajectory], recipe: RlRecipe) -> list[
         group for group in groups.values() if not recipe.dynamic_sampling or has_signal([t.reward for t in group])
     ]
     return useful[: recipe.prompts_per_step]
-
-
-def learn(
-    model: GlmMoe, stepper: Stepper, groups: Sequence[Sequence[Trajectory]], recipe: RlRecipe, lr: float
-) -> list[UpdateStats]:
-    """`updates_per_batch` optimizer steps, each over the whole batch; the clip bounds what the later ones may do."""
-    weighted = weigh(groups, recipe.objective)
-    batches = [batch.to(model.device) for batch in pack(weighted, recipe.micro_tokens)]
-    return [
-        update(
-            model,
-            stepper,
-            batches,
-            recipe.objective,
-            lr=lr,
-            temperature=recipe.sampling.temperature,
-            mtp_weight=recipe.mtp_weight,
-            fresh=index == 0,
-        )
-        for index in range(recipe.objective.updates_per_batch)
-    ]
 
 
 def evaluate(engine: Engine, template: ChatTemplate, heldout: Sequence[Problem], recipe: RlRecipe) -> Score:
@@ -206,6 +215,7 @@ def metrics_row(trajectories: Sequence[Trajectory], kept: int, updates: Sequence
         # entropy and gap are about the rollouts as they were made, which the first update sees
         first, last = updates[0], updates[-1]
         row |= {"entropy": first.entropy, "logprob_gap": first.logprob_gap, "ratio_mean": last.ratio_mean}
+        row |= {"kl": last.kl, "importance_mean": last.importance_mean}
         row |= {"clip_fraction": last.clip_fraction, "grad_norm": last.grad_norm, "loss": last.loss}
     return row
 

@@ -20,6 +20,9 @@ ROW_TOKENS = 512
 padding"""
 
 
+_FLAT = ("at", "target", "logp", "advantage", "weight", "sequence", "fresh")
+
+
 @dataclass(frozen=True)
 class Weighted:
     """A trajectory with its advantage and the weight of each of its tokens in the loss."""
@@ -27,6 +30,8 @@ class Weighted:
     trajectory: Trajectory
     advantage: float
     weight: float
+    fresh: bool = True
+    """made by the very weights that are about to be trained, so that its ratio must be 1"""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,10 @@ class PackedRollouts:
     behaviour_logp_N: Tensor
     advantage_N: Tensor
     weight_N: Tensor
+    sequence_N: Tensor
+    """index of the token's trajectory in this micro-batch, counted from 0"""
+    fresh_N: Tensor
+    """bool: see `Weighted.fresh`"""
     next_tokens_BT: Tensor
     """t_{i+1} of the same trajectory, or 0"""
     mtp_at_M: Tensor
@@ -70,8 +79,9 @@ def pack(rollouts: Sequence[Weighted], micro_tokens: int | None) -> list[PackedR
 def _pack_rows(rows: Sequence[Sequence[Weighted]], width: int) -> PackedRollouts:
     tokens, positions, following = (np.zeros((len(rows), width), np.int64) for _ in range(3))
     documents = np.full((len(rows), width), -1, np.int64)
-    flat: dict[str, list[np.ndarray]] = {name: [] for name in ("at", "target", "logp", "advantage", "weight")}
+    flat: dict[str, list[np.ndarray]] = {name: [] for name in _FLAT}
     mtp_at, mtp_target = [], []
+    trajectories = 0
     for row, members in enumerate(rows):
         start = 0
         for document, one in enumerate(members):
@@ -90,6 +100,9 @@ def _pack_rows(rows: Sequence[Sequence[Weighted]], width: int) -> PackedRollouts
             flat["logp"].append(np.asarray(one.trajectory.logprobs, np.float32)[made])
             flat["advantage"].append(np.full(made.size, one.advantage, np.float32))
             flat["weight"].append(np.full(made.size, one.weight, np.float32))
+            flat["sequence"].append(np.full(made.size, trajectories, np.int64))
+            flat["fresh"].append(np.full(made.size, one.fresh, bool))
+            trajectories += 1
             second = made[made > 1]
             mtp_at.append(row * width + start + second - 2)
             mtp_target.append(ids[second])
@@ -103,6 +116,8 @@ def _pack_rows(rows: Sequence[Sequence[Weighted]], width: int) -> PackedRollouts
         behaviour_logp_N=_join(flat["logp"]),
         advantage_N=_join(flat["advantage"]),
         weight_N=_join(flat["weight"]),
+        sequence_N=_join(flat["sequence"]),
+        fresh_N=_join(flat["fresh"]),
         next_tokens_BT=torch.from_numpy(following),
         mtp_at_M=_join(mtp_at),
         mtp_target_M=_join(mtp_target),

@@ -12,9 +12,10 @@ from glmctl import console
 from glmctl.data.conversations import Conversation
 from glmctl.errors import RecipeError
 from glmctl.recipe.schema import ArithmeticTask, ProblemsRecipe
+from glmctl.rl import tasks
 from glmctl.rl.environment import Problem
 from glmctl.rl.seeds import derive_seed
-from glmctl.rl.tasks import arithmetic, demonstrate, tool_use
+from glmctl.rl.tasks import arithmetic
 from glmctl.run import atomic
 from glmctl.run.directory import Run
 
@@ -47,15 +48,13 @@ def generate(recipe: ProblemsRecipe) -> list[Problem]:
     """Train + held-out problems with distinct prompts, a pure function of the recipe."""
     rng = random.Random(derive_seed(recipe.seed, "problems", recipe.task.type))
     count = recipe.train + recipe.heldout
-    if isinstance(recipe.task, ArithmeticTask):
-        return arithmetic.generate(recipe.task, count, rng)
-    return tool_use.generate(recipe.task, count, rng)
+    return tasks.generate(recipe.task, count, rng)
 
 
 def show(problem: Problem, recipe: ProblemsRecipe) -> Conversation:
     """The demonstration of one training problem, in the manner that the recipe's shares and seed give it."""
     if not isinstance(recipe.task, ArithmeticTask):
-        return demonstrate(problem)
+        return tasks.demonstrate(problem)
     draw = random.Random(derive_seed(recipe.seed, "manner", problem.id)).random()
     return arithmetic.demonstrate(problem, hasty=draw < recipe.task.hasty)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from glmctl.recipe.schema import ArithmeticTask, ProblemsRecipe, RlRecipe, Sampl
 from glmctl.rl import grpo, problems
 from glmctl.rl.environment import StopReason
 from glmctl.rl.episode import Trajectory
+from glmctl.rl.policy import Policy
 from glmctl.rl.rollout import rollout as real_rollout
 from glmctl.rl.score import score, summarize
 from glmctl.run.atomic import sha256_file
@@ -87,27 +89,31 @@ class KilledAt:
     def __init__(self, step: int) -> None:
         self.step, self.seen = step, 0
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __get__(self, policy: Policy, owner: object) -> Any:
         self.seen += 1
         if self.seen == self.step:
             raise KeyboardInterrupt
-        return grpo_learn(*args, **kwargs)
+        return partial(real_learn, policy)
 
 
-grpo_learn = grpo.learn
+real_learn = Policy.learn
 
 
 @pytest.mark.parametrize("updates", [1, 2])
 def test_a_killed_run_continues_bit_for_bit(place, tmp_path, paid, monkeypatch, updates: int) -> None:
     """Reliability R6: the same metrics (floats bit-identical) and the same exported bytes as a run left alone."""
-    recipe = recipe_of(place, objective={"updates_per_batch": updates}, mtp_weight=0.1)
+    recipe = recipe_of(
+        place,
+        objective={"type": "grpo", "updates_per_batch": updates, "kl_weight": 0.01 * (updates - 1)},
+        mtp_weight=0.1,
+    )
     straight = train(recipe, tmp_path / "straight")
     for death in (2, 4):
         # steps 2 (no checkpoint yet) and then, counted from the start or from a checkpoint, the fourth
-        monkeypatch.setattr(grpo, "learn", KilledAt(death))
+        monkeypatch.setattr(Policy, "learn", KilledAt(death))
         with pytest.raises(KeyboardInterrupt):
             train(recipe, tmp_path / "killed")
-    monkeypatch.setattr(grpo, "learn", grpo_learn)
+    monkeypatch.setattr(Policy, "learn", real_learn)
     resumed = train(recipe, tmp_path / "killed")
     assert resumed == straight
     assert rows_without_times(tmp_path / "killed") == rows_without_times(tmp_path / "straight")

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from glmctl.rl.objective import policy_loss, token_weights
+from glmctl.rl.advantage import overlong_penalty
+from glmctl.rl.objective import kl_estimate, policy_loss, sequence_log_ratio, token_weights, truncated_importance
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
 
@@ -74,3 +75,34 @@ def test_zero_advantages_have_zero_gradient() -> None:
     result, grad = loss_of([1.0, 1.4, 0.6], [0.0] * 3, [1.0] * 3)
     assert float(result.loss) == 0.0
     assert grad.tolist() == [0.0] * 3
+
+
+def test_gspo_ratio_by_hand() -> None:
+    """Log-ratios (0.3) and (0.1, -0.2, 0.4): each token has its trajectory's mean, 0.3 and 0.1."""
+    log_ratio = torch.tensor([0.1, 0.3, -0.2, 0.4], requires_grad=True)
+    found = sequence_log_ratio(log_ratio, torch.tensor([1, 0, 1, 1]))
+    assert found.tolist() == pytest.approx([0.1, 0.3, 0.1, 0.1])
+    found[0].backward()
+    assert log_ratio.grad.tolist() == pytest.approx([1 / 3, 0.0, 1 / 3, 1 / 3])
+
+
+def test_truncated_importance_by_hand() -> None:
+    old, behaviour = torch.tensor([0.5, 1.0, 8.0]).log(), torch.tensor([1.0, 1.0, 2.0]).log()
+    assert truncated_importance(old, behaviour, cap=2.0).tolist() == pytest.approx([0.5, 1.0, 2.0])
+
+
+def test_kl_by_hand() -> None:
+    """log-ratio ref/policy of ln 2: 2 - ln 2 - 1; equal: 0; and the weight multiplies it, inside the token mean."""
+    logp, reference = torch.log(torch.tensor([0.25, 0.5])), torch.log(torch.tensor([0.5, 0.5]))
+    expected = 1.0 - math.log(2.0)
+    assert kl_estimate(logp, reference).tolist() == pytest.approx([expected, 0.0])
+    zeros, half = torch.zeros(2), torch.full((2,), 0.5)
+    result = policy_loss(logp, logp, zeros, half, **CLIP, reference_logp_N=reference, kl_weight=0.1)
+    assert float(result.loss) == pytest.approx(0.1 * expected / 2)
+    assert result.kl_sum == pytest.approx(expected)
+
+
+def test_the_overlong_ramp_by_hand() -> None:
+    """Limit 100, cache 20: free to 80, -1/20 a token, -1 from 100 on."""
+    found = [overlong_penalty(n, 100, 20) for n in (1, 80, 81, 90, 100, 130)]
+    assert found == pytest.approx([0.0, 0.0, -0.05, -0.5, -1.0, -1.0])
