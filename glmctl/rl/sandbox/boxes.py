@@ -25,7 +25,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,9 @@ def run(argv: list[str], given: bytes, spec: SandboxSpec) -> Finished:
     name = f"glmctl-{os.getpid()}-{number}"
     privileged = os.geteuid() == 0
     memory = spec.memory_mb << 20
-    bounded = cgroups.group(name, memory, spec.processes) if spec.level in ("B", "C") else nullcontext([])
+    bounded: AbstractContextManager[list[Path]] = nullcontext([])
+    if spec.level in ("B", "C"):
+        bounded = cgroups.group(name, memory, spec.processes)
     with bounded as folders:
         plan = {
             "cgroups": [str(folder) for folder in folders],
@@ -148,7 +150,7 @@ def run(argv: list[str], given: bytes, spec: SandboxSpec) -> Finished:
         try:
             output, errors, whole = _talk(process, given, began + spec.wall_seconds)
         finally:
-            _end(process)
+            _end(process, drain=not folders)
     if errors.startswith((b"launcher:", b"bwrap:")) and not output:
         raise InfrastructureFailure(errors.decode(errors="replace").strip().splitlines()[-1])
     return Finished(output, errors, process.returncode if whole else None, time.monotonic() - began)
@@ -157,9 +159,11 @@ def run(argv: list[str], given: bytes, spec: SandboxSpec) -> Finished:
 def limits_inside(spec: SandboxSpec) -> dict[str, int]:
     """The rlimits that the candidate's process sets on itself before the candidate's code is loaded.
 
-    The number of processes belongs here: set before bubblewrap it would count, and stop, bubblewrap's own.
+    The number of processes belongs here: set before bubblewrap it would count, and stop, bubblewrap's own. Memory is
+    limited for each process apart, so where no control group bounds them together there is but one.
     """
-    return {"RLIMIT_NPROC": spec.processes, "RLIMIT_AS": spec.memory_mb << 20, "RLIMIT_CORE": 0}
+    processes = spec.processes if cgroups.parents() else 1
+    return {"RLIMIT_NPROC": processes, "RLIMIT_AS": spec.memory_mb << 20, "RLIMIT_CORE": 0}
 
 
 def _rlimits(spec: SandboxSpec, *, inside: bool) -> dict[str, int]:
@@ -265,16 +269,16 @@ def _feed(stdin: Any, given: bytes, ready: selectors.BaseSelector) -> bytes:
     return given
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes], *, drain: bool) -> None:
     """Stop the whole session, if it is still there, and take the exit code.
 
-    A kill is not a barrier: the box is empty when nobody holds its outputs any more. (A control group, where there
-    is one, makes sure of those that closed them.)
+    A kill is not a barrier. Emptying the control group is one; where there is none, `drain`: the box is empty when
+    nobody holds its outputs any more.
     """
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    deadline = time.monotonic() + EMPTY_SECONDS
+    deadline = time.monotonic() + EMPTY_SECONDS if drain else 0.0
     for stream in (process.stdout, process.stderr):
         assert stream is not None
         while (left := deadline - time.monotonic()) > 0:
