@@ -29,15 +29,16 @@ def doctor() -> None:
 
     sandbox: dict[str, Any] = {}
     for level, what in LEVELS.items():
-        lacks = [] if level == "http" else list(boxes.missing(level))  # type: ignore[arg-type]
+        lacks = [] if level == "http" else list(boxes.missing(level))
         sandbox[level] = {"offered": not lacks, "what": what, "lacks": lacks}
     groups = bool(cgroups.parents())
-    body = {
+    packages = {name: _version(name) for name in ("torch", "math-verify", "reasoning-gym")}
+    body: dict[str, Any] = {
         "machine": {"system": platform.platform(), "processors": os.cpu_count(), "python": platform.python_version()},
         "sandbox": sandbox,
         "control_groups": groups,
         "compiler": shutil.which("g++") or shutil.which("clang++"),
-        "packages": {name: _version(name) for name in ("torch", "math-verify", "reasoning-gym")},
+        "packages": packages,
     }
     rows = []
     for level, one in sandbox.items():
@@ -46,7 +47,7 @@ def doctor() -> None:
     bounded = "yes" if groups else "no: run as root, or with a delegated cgroup"
     rows.append(["control groups", bounded, "bound the memory of all processes of a box together"])
     rows.append(["C++ compiler", body["compiler"] or "no: apt install g++", "the native kernels"])
-    for name, version in body["packages"].items():
+    for name, version in packages.items():
         rows.append([name, version or f"no: pip install {name}", ""])
     console.table("", ["what", "here", "for"], rows)
     console.result(body, text="")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from glmctl.kernels.cpu.library import library
 from glmctl.model.block import DecoderLayer, Mlp, MoE
 from glmctl.model.network import GlmMoe
+from glmctl.model.projections import Attention
 
 WeightFormat = Literal["stored", "bf16", "int8"]
 """of the matrices: as the model stores them (fp32 or bf16, without a copy), or packed to bf16 or group-wise int8"""
@@ -91,6 +92,7 @@ class NativeWeights:
 
     def _layer(self, index: int, layer: DecoderLayer) -> None:
         attention = layer.self_attn
+        assert isinstance(attention, Attention), "the compiled step computes grouped-query attention"
         self._vector(index, "input_norm", layer.input_layernorm.weight)
         for name, linear in (("q", attention.q_proj), ("k", attention.k_proj), ("v", attention.v_proj)):
             self._matrix(index, name, linear.weight)

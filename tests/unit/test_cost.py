@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,9 +21,10 @@ from glmctl.recipe.presets import PRESETS
 
 @contextmanager
 def as_defined() -> Iterator[None]:
-    """Kernels whose matrix products are the model's own: the fast RoPE exchanges halves by a product, without gradients
-    a small model's tokens go through all experts, and torch does not count CPUs' fused attention."""
-    with registry.forced("rope", "reference"), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    """Kernels whose matrix products are the model's own and seen by torch: the fast RoPE exchanges halves by a product,
+    without gradients a small model's tokens go through all experts, and compiled attention is not counted."""
+    in_torch = patch("glmctl.kernels.fused.attention.usable", return_value=False)
+    with in_torch, registry.forced("rope", "reference"), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         yield
 
 

@@ -148,7 +148,7 @@ def generate(spec: InstructionsTask, count: int, rng: random.Random) -> list[Pro
     for _ in range(60 * count):
         names = [rng.choice([n for n, c in REGISTRY.items() if c.kind == kind])
                  for kind in rng.sample(KINDS, spec.constraints)]  # fmt: skip
-        constraints = [{"name": name, "arguments": REGISTRY[name].draw(rng)} for name in names]
+        constraints: list[dict[str, Any]] = [{"name": name, "arguments": REGISTRY[name].draw(rng)} for name in names]
         solution = next((text for text in _attempts(constraints) if obeys(text, constraints)), None)
         if solution is None:
             continue

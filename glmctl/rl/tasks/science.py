@@ -79,7 +79,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
         question, choices, answer = row["question"], row.get("choices"), row["answer"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{where}: expected an object with 'question' and 'answer': {error!r}") from error
-    right = isinstance(answer, str) and answer
+    right = isinstance(answer, str) and bool(answer)
     if choices:
         right = isinstance(choices, list) and type(answer) is int and 0 <= answer < len(choices) <= 26
     if not isinstance(question, str) or not right:
