@@ -32,6 +32,7 @@ TABLE = {
     "serve": "Serve a model behind an OpenAI-compatible API.",
     "generate": "Generate one reply on the terminal.",
     "info": "Compare architectures: sizes, FLOPs a token, cache; every figure computed.",
+    "chat": "Chat with a model on the terminal.",
     "recipe": "List, show and check recipes.",
     "doctor": "Say what this machine offers, and how to get the rest.",
 }

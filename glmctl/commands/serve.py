@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from glmctl.commands import _stage as stage
+from glmctl.errors import GlmctlError
 from glmctl.recipe import names
 
 app = typer.Typer(**stage.PLAIN)
@@ -28,7 +29,11 @@ def serve(
     served_name: Annotated[str | None, typer.Option("--served-name", help="The model's name in the API.")] = None,
     max_slots: Annotated[int | None, typer.Option("--max-slots", help="Requests computed at once.")] = None,
     max_queue: Annotated[int | None, typer.Option("--max-queue", help="Requests waiting; more get 429.")] = None,
-    speculative: Annotated[int | None, typer.Option("--speculative", help="MTP drafts per step, 0 or 1.")] = None,
+    speculative: Annotated[int | None, typer.Option("--speculative", help="MTP drafts per step, 0 to 3.")] = None,
+    max_length: Annotated[int | None, typer.Option("--max-length", help="Prompt plus answer, in tokens.")] = None,
+    strict: Annotated[bool | None, typer.Option("--strict", help="Refuse request fields that nobody knows.")] = None,
+    api_key_file: Annotated[str | None, typer.Option("--api-key-file", help="Mode 0600; else GLMCTL_API_KEY.")] = None,
+    engine: Annotated[str, typer.Option("--engine", help="glmctl, or vllm or sglang where installed.")] = "glmctl",
     overrides: stage.SetOption = None,
     run: stage.RunOption = None,
     fresh: stage.FreshOption = False,
@@ -42,7 +47,16 @@ def serve(
         "max_slots": ("--max-slots", max_slots),
         "max_queue": ("--max-queue", max_queue),
         "speculative": ("--speculative", speculative),
+        "max_length": ("--max-length", max_length),
+        "strict": ("--strict", strict or None),
+        "api_key_file": ("--api-key-file", api_key_file),
     }
+    if engine != "glmctl":
+        if names.looks_like_recipe(target):
+            raise GlmctlError(f"--engine {engine} serves a run directory or a model folder, not a recipe")
+        stage.require_artifact(target)
+        _other_engine(engine, target, options, overrides, dry_run)
+        return
     if names.looks_like_recipe(target):
         words = [f"{key}={value}" for key, (_, value) in options.items() if value is not None]
         stage.run_stage("serve", target, words + (overrides or []), run, fresh=fresh, dry_run=dry_run)
@@ -55,3 +69,26 @@ def serve(
     name = run_name("serve", target, given, overrides)
     recipe = build("serve", {**options, "name": ("name", name), "model": ("MODEL", target)}, overrides)
     stage.drive(recipe, run or stage.default_path(name), fresh=fresh, dry_run=dry_run)
+
+
+def _other_engine(
+    engine: str, target: str, options: dict[str, tuple[str, Any]], overrides: list[str] | None, dry_run: bool
+) -> None:
+    """Print the other engine's command line, and become it unless this is a dry run."""
+    import os
+    import shlex
+
+    from glmctl import console
+    from glmctl.recipe.build import build
+    from glmctl.recipe.schema import ServeRecipe
+    from glmctl.serving.external import command, environment
+
+    recipe = build("serve", {**options, "name": ("name", "serve"), "model": ("MODEL", target)}, overrides)
+    assert isinstance(recipe, ServeRecipe)
+    words = command(engine, recipe)
+    console.result({"command": words}, text=shlex.join(words))
+    if not dry_run:
+        try:
+            os.execvpe(words[0], words, environment(engine, recipe))
+        except OSError as error:
+            raise GlmctlError(f"{words[0]}: {error.strerror}", hint=f"install {engine}, or see --dry-run") from error

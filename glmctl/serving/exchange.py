@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 
 from starlette.types import Receive
@@ -21,10 +22,12 @@ class ClientGone(Exception):
 class Exchange:
     """Made by `open`; iterate `events`, call `drop` for a generation that needs no more tokens, `close` at the end."""
 
-    def __init__(self, worker: EngineWorker, metrics: Metrics, ids: list[str]) -> None:
+    def __init__(self, worker: EngineWorker, metrics: Metrics, requests: list[Request]) -> None:
         self._worker = worker
         self._metrics = metrics
-        self._open = set(ids)
+        self._open = {request.id: request for request in requests}
+        self._begun = time.perf_counter()
+        self._counts = dict.fromkeys(self._open, 0)
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[list[Event] | ClientGone | None] = asyncio.Queue()
         self._watch: asyncio.Task[None] | None = None
@@ -32,7 +35,7 @@ class Exchange:
     @classmethod
     def open(cls, worker: EngineWorker, metrics: Metrics, requests: list[Request], receive: Receive) -> Exchange:
         """Submit `requests` and start to watch the client. ApiError 429 when the queue is full, 503 without engine."""
-        exchange = cls(worker, metrics, [request.id for request in requests])
+        exchange = cls(worker, metrics, requests)
         try:
             worker.submit(requests, exchange._hear)
         except QueueFull as error:
@@ -56,24 +59,36 @@ class Exchange:
             for event in batch:
                 if event.id not in self._open:
                     continue
+                self._count(event)
                 if event.finish_reason is not None:
-                    self._open.discard(event.id)
+                    self._end(event.id)
                 yield event
 
     def drop(self, request_id: str) -> None:
         """End one generation early."""
         if request_id in self._open:
-            self._open.discard(request_id)
+            self._end(request_id)
             self._worker.abort([request_id])
 
     def close(self) -> None:
         """Free whatever still runs. May be called twice."""
         if self._open:
-            self._metrics.aborted += len(self._open)
+            self._metrics.aborted.inc(len(self._open))
             self._worker.abort(list(self._open))
             self._open.clear()
         if self._watch is not None:
             self._watch.cancel()
+
+    def _count(self, event: Event) -> None:
+        self._counts[event.id] += 1
+        if self._counts[event.id] == 1:
+            self._metrics.first_token.observe(time.perf_counter() - self._begun)
+
+    def _end(self, request_id: str) -> None:
+        request = self._open.pop(request_id)
+        self._metrics.duration.observe(time.perf_counter() - self._begun)
+        self._metrics.prompt_length.observe(len(request.prompt))
+        self._metrics.answer_length.observe(self._counts[request_id])
 
     def _hear(self, events: list[Event] | None) -> None:
         # on the engine's thread; the loop is closed only when the process is on its way out and nobody listens

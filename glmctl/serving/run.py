@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ from glmctl.recipe.schema import ServeRecipe
 from glmctl.run import atomic
 from glmctl.run.directory import Run, resolve_model
 from glmctl.serving.ask import MAX_TOKENS, Question, Reply, ask
+from glmctl.serving.keys import ADMIN_KEY_VARIABLE, KEY_VARIABLE, read_key
 from glmctl.serving.server import Server, check_exposure
 from glmctl.serving.service import Service
 from glmctl.serving.worker import EngineWorker
-
-KEY_VARIABLE = "GLMCTL_API_KEY"
 
 
 def run(recipe: ServeRecipe, run: Run) -> dict[str, Any]:
@@ -31,12 +29,14 @@ def run(recipe: ServeRecipe, run: Run) -> dict[str, Any]:
     With `ask` or `ask_problems`: serve on a thread, put every question through the official client, print and
     record the replies, stop. The summary then holds the first reply, its reasoning, and the MTP acceptance.
     """
-    key = os.environ.get(KEY_VARIABLE) or None
+    key = read_key(KEY_VARIABLE, recipe.api_key_file, "api_key_file")
+    admin_key = read_key(ADMIN_KEY_VARIABLE, recipe.admin_key_file, "admin_key_file")
     check_exposure(recipe.host, key)
     questions = _questions(recipe)
     service = load_service(recipe)
-    server = Server(service, recipe.host, recipe.port, key=key)
+    server = Server(service, recipe.host, recipe.port, key=key, admin_key=admin_key, drain_seconds=recipe.drain_seconds)
     console.note(f"serving {service.name} on {server.url}/v1" + (" (API key needed)" if key else ""))
+    console.note(f"chat in a browser: {server.url}/")
     if not questions:
         number = server.serve_until_signal()
         console.note(f"stopped after {service.worker.stats.tokens} tokens")
@@ -71,10 +71,18 @@ def load_service(recipe: ServeRecipe) -> Service:
     speculative = recipe.speculative if model.mtp is not None else 0
     if recipe.speculative and not speculative:
         console.note(f"{folder}: no MTP layer, so decoding is plain")
-    runner = runner_named(recipe.runner)
-    engine = Engine(model, max_slots=recipe.max_slots, speculative=speculative, adaptive=True, runner=runner)
+    tokenizer = template.tokenizer
+    engine = Engine(
+        model,
+        max_slots=recipe.max_slots,
+        max_length=recipe.max_length,
+        speculative=speculative,
+        adaptive=True,
+        token_bytes=lambda token: tokenizer.decode_bytes([token]),
+        runner=runner_named(recipe.runner),
+    )
     name = recipe.served_name or Path(recipe.model).resolve().name
-    return Service(name, template.tokenizer, template, EngineWorker(engine, recipe.max_queue))
+    return Service(name, tokenizer, template, EngineWorker(engine, recipe.max_queue), strict=recipe.strict)
 
 
 def _questions(recipe: ServeRecipe) -> list[Question]:

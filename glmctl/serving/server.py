@@ -15,9 +15,12 @@ import uvicorn
 
 from glmctl.errors import EnvironmentProblem, RecipeError
 from glmctl.serving.app import create_app
+from glmctl.serving.connection import Connection
 from glmctl.serving.service import Service
 
-DRAIN_SECONDS = 30
+DRAIN_SECONDS = 30.0
+CUT_SECONDS = 1
+"""what is left over after the drain gets this long to close"""
 MAX_HEADER_BYTES = 64 * 1024
 
 
@@ -36,7 +39,7 @@ def check_exposure(host: str, key: str | None) -> None:
     if key is None and not is_loopback(host):
         raise RecipeError(
             f"host: '{host}' can be reached from other machines, and no API key is set",
-            hint="set GLMCTL_API_KEY, or serve on 127.0.0.1",
+            hint="set GLMCTL_API_KEY or api_key_file, or serve on 127.0.0.1",
         )
 
 
@@ -73,25 +76,37 @@ class _Uvicorn(uvicorn.Server):
 class Server:
     """A service on a socket. Either `serve_until_signal` on the main thread, or `start` and `stop` from another."""
 
-    def __init__(self, service: Service, host: str, port: int, *, key: str | None = None) -> None:
+    def __init__(
+        self,
+        service: Service,
+        host: str,
+        port: int,
+        *,
+        key: str | None = None,
+        admin_key: str | None = None,
+        drain_seconds: float = DRAIN_SECONDS,
+    ) -> None:
         """Binds at once. Errors: see `check_exposure` and `bind`."""
         check_exposure(host, key)
         self._service = service
         self._socket = bind(host, port)
-        app = create_app(service, key=key, loopback=is_loopback(host))
+        self._app = create_app(service, key=key, admin_key=admin_key, loopback=is_loopback(host))
+        self._drain_seconds = drain_seconds
         config = uvicorn.Config(
-            app,
-            http="h11",
+            self._app,
+            http=Connection,
             ws="none",
             lifespan="on",
             log_config=None,
             access_log=False,
             server_header=False,
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-            timeout_graceful_shutdown=DRAIN_SECONDS,
+            timeout_graceful_shutdown=CUT_SECONDS,
         )
         self._uvicorn = _Uvicorn(config)
         self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ending: asyncio.Task[None] | None = None
         self.host = host
         self.port: int = self._socket.getsockname()[1]
 
@@ -101,26 +116,17 @@ class Server:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"
 
-    def drain(self) -> None:
-        """Take no new work, let streams finish, then stop. A second call stops at once."""
-        if self._uvicorn.should_exit:
-            self._uvicorn.force_exit = True
-        self._service.draining = True
-        self._uvicorn.should_exit = True
-
     def serve_until_signal(self) -> int:
         """Serve until SIGTERM or SIGINT, drain, and return the signal's number. A second signal stops at once."""
         received: list[int] = []
 
+        def on_signal(number: int) -> None:
+            received.append(number)
+            self._drain()
+
         async def serve() -> None:
-            loop = asyncio.get_running_loop()
-
-            def on_signal(number: int) -> None:
-                received.append(number)
-                self.drain()
-
             for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, on_signal, number)
+                asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
             await self._uvicorn.serve(sockets=[self._socket])
 
         asyncio.run(serve())
@@ -130,13 +136,34 @@ class Server:
 
     def start(self) -> None:
         """Serve on a thread; returns when requests are taken (they wait in the socket until then)."""
-        self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._uvicorn.serve(sockets=[self._socket])), name="glmctl-http", daemon=True
-        )
+        running = threading.Event()
+
+        async def serve() -> None:
+            self._loop = asyncio.get_running_loop()
+            running.set()
+            await self._uvicorn.serve(sockets=[self._socket])
+
+        self._thread = threading.Thread(target=lambda: asyncio.run(serve()), name="glmctl-http", daemon=True)
         self._thread.start()
+        running.wait()
 
     def stop(self) -> None:
         """Drain and wait for the end of the thread."""
         assert self._thread is not None
-        self.drain()
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._drain)
         self._thread.join()
+
+    def _drain(self) -> None:
+        """Refuse new work with 503, let what is under way finish, then stop. Called again: stop at once."""
+        if self._service.draining:
+            self._uvicorn.should_exit = self._uvicorn.force_exit = True
+            return
+        self._service.draining = True
+        self._ending = asyncio.get_running_loop().create_task(self._end())
+
+    async def _end(self) -> None:
+        # the socket stays open meanwhile: a client is told 503 and when to try again, not "connection refused"
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._app.wait_idle(), self._drain_seconds)
+        self._uvicorn.should_exit = True

@@ -15,31 +15,39 @@ from starlette.responses import StreamingResponse
 
 from glmctl.data.chat import ChatTemplate
 from glmctl.data.tokenizer import Tokenizer
-from glmctl.engine.request import Event, Request, SamplingParams, check_prompt
+from glmctl.engine.request import Constraint, Event, Request, SamplingParams, check_prompt
 from glmctl.errors import DataError, GlmctlError
 from glmctl.serving.api_error import ApiError
 from glmctl.serving.exchange import ClientGone, Exchange
 from glmctl.serving.metrics import Metrics
 from glmctl.serving.protocol import Generation
 from glmctl.serving.sse import DONE, chunk
+from glmctl.serving.structured import Grammars
 from glmctl.serving.worker import EngineWorker
 
 
 @dataclass
 class Service:
-    """One served model. `draining` is set when the server has been told to stop."""
+    """One served model. `draining` is set when the server has been told to stop; `strict` refuses unknown fields."""
 
     name: str
     tokenizer: Tokenizer
     template: ChatTemplate
     worker: EngineWorker
-    metrics: Metrics = field(default_factory=Metrics)
+    strict: bool = False
     draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         ids = range(self.tokenizer.vocab_size)
         self._longest_token = max(len(self.tokenizer.decode_bytes([index])) for index in ids)
+        self.metrics = Metrics(self.worker)
+        self.grammars = Grammars(self.tokenizer, self.worker.vocab_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """OpenAI's `system_fingerprint`: changes when the weights do."""
+        return f"glmctl-weights-{self.worker.version}"
 
     def check_model(self, name: str) -> None:
         """ApiError 404 unless `name` is the served model."""
@@ -96,23 +104,54 @@ class Service:
             )
         return room if asked is None else asked
 
-    def sampling(self, body: Generation, max_tokens: int, top_logprobs: int | None) -> list[SamplingParams]:
-        """Parameters of each of the `n` answers to one prompt. Without a seed, every request draws its own.
+    def requests(
+        self,
+        body: Generation,
+        identity: str,
+        prompt: list[int],
+        *,
+        max_tokens: int,
+        top_logprobs: int | None,
+        prompt_logprobs: int | None = None,
+        constraint: Constraint | None = None,
+    ) -> list[Request]:
+        """One request for each of the `n` answers to one prompt. Without a seed, every call draws its own.
 
-        top_logprobs None: no log-probabilities at all.
+        top_logprobs: alternatives to report with each token, None = no log-probabilities. ApiError 400 for token ids
+        that the vocabulary does not have.
         """
         seed = secrets.randbits(64) if body.seed is None else body.seed
+        bias = {int(key): value for key, value in (body.logit_bias or {}).items()}
+        for name, ids in (("logit_bias", bias), ("stop_token_ids", body.stop_token_ids or ())):
+            if ids and max(ids) >= self.worker.vocab_size:
+                message = f"{name}: token {max(ids)} is not in the vocabulary of {self.worker.vocab_size}"
+                raise ApiError(400, message, param=name)
+        if (body.min_tokens or 0) > max_tokens:
+            raise ApiError(400, f"min_tokens: more than the {max_tokens} that may be generated", param="min_tokens")
         return [
-            SamplingParams(
-                max_tokens=max_tokens,
-                temperature=1.0 if body.temperature is None else body.temperature,
-                top_p=1.0 if body.top_p is None else body.top_p,
-                top_k=max(0, body.top_k or 0),
-                min_p=body.min_p or 0.0,
-                stop_token_ids=self.tokenizer.eos_ids,
-                seed=seed + index,
-                logprobs=top_logprobs is not None,
-                top_logprobs=top_logprobs or 0,
+            Request(
+                f"{identity}/{index}",
+                prompt,
+                SamplingParams(
+                    max_tokens=max_tokens,
+                    min_tokens=body.min_tokens or 0,
+                    temperature=1.0 if body.temperature is None else body.temperature,
+                    top_p=1.0 if body.top_p is None else body.top_p,
+                    top_k=max(0, body.top_k or 0),
+                    min_p=body.min_p or 0.0,
+                    presence_penalty=body.presence_penalty or 0.0,
+                    frequency_penalty=body.frequency_penalty or 0.0,
+                    repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+                    logit_bias=bias,
+                    stop=tuple(body.stop or ()),
+                    stop_token_ids=(*self.tokenizer.eos_ids, *(body.stop_token_ids or ())),
+                    ignore_eos=bool(body.ignore_eos),
+                    seed=seed + index,
+                    logprobs=top_logprobs is not None,
+                    top_logprobs=top_logprobs or 0,
+                    prompt_logprobs=prompt_logprobs,
+                ),
+                constraint,
             )
             for index in range(body.n or 1)
         ]
@@ -122,7 +161,8 @@ class Service:
         try:
             return Exchange.open(self.worker, self.metrics, requests, http.receive)
         except ApiError as error:
-            self.metrics.rejected += error.status == 429
+            if error.status == 429:
+                self.metrics.rejected.inc()
             raise
 
     def token_text(self, token: int) -> dict[str, Any]:
@@ -136,31 +176,41 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+def usage(prompt_tokens: int, completion_tokens: int, reasoning_tokens: int | None = None) -> dict[str, Any]:
     """OpenAI's usage object; the closing token of an answer counts, as it was generated."""
-    return {
+    result: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
     }
+    if reasoning_tokens is not None:
+        result["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    return result
 
 
-def stream(exchange: Exchange, chunks: AsyncIterator[dict[str, Any]]) -> StreamingResponse:
-    """Server-sent events of `chunks`, then [DONE]. A failure under way becomes an error event."""
+def stream(exchange: Exchange, chunks: AsyncIterator[bytes], *, failure: Any = None) -> StreamingResponse:
+    """Server-sent events. A failure under way becomes an error event, by `failure(ApiError)` or in OpenAI's shape."""
 
     async def body() -> AsyncIterator[bytes]:
         try:
             async for each in chunks:
-                yield chunk(each)
-            yield DONE
+                yield each
         except ApiError as error:
-            yield chunk(error.body())
+            yield chunk(error.body()) if failure is None else failure(error)
         except ClientGone:
             return
         finally:
             exchange.close()
 
-    return StreamingResponse(body(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(body(), media_type="text/event-stream", headers=headers)
+
+
+async def data_events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+    """Chunks as OpenAI streams them, ending in [DONE]."""
+    async for each in chunks:
+        yield chunk(each)
+    yield DONE
 
 
 async def collect(exchange: Exchange) -> AsyncIterator[Event]:

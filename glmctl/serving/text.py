@@ -20,14 +20,15 @@ class StopStrings:
         self.hit = False
         """whether a stop string came; nothing is passed on after it"""
 
-    def push(self, text: str) -> str:
-        """The text that is now certain to come before any stop string."""
+    def push(self, text: str, *, armed: bool = True) -> str:
+        """The text that is now certain to come before any stop string. One that ends in text pushed while not
+        `armed` does not count."""
         if self.hit:
             return ""
         if not self._stops:
             return text
         text = self._held + text
-        found = min((at for at in map(text.find, self._stops) if at >= 0), default=-1)
+        found = min((at for at in map(text.find, self._stops) if at >= 0), default=-1) if armed else -1
         if found >= 0:
             self.hit, self._held = True, ""
             return text[:found]
@@ -52,9 +53,11 @@ class StopStrings:
 class TextStream:
     """One answer's tokens to text: special tokens hidden (think and tool tags are not), stop strings cut off."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, min_tokens: int = 0) -> None:
+        """min_tokens: stop strings that end before so many tokens do not count."""
         self._decoder = tokenizer.detokenizer(skip_special=True)
         self._stops = StopStrings(stops)
+        self._unarmed = max(0, min_tokens - 1)
 
     @property
     def stopped(self) -> bool:
@@ -63,7 +66,9 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Text that became certain with `token`."""
-        return self._stops.push(self._decoder.push(token))
+        armed = not self._unarmed
+        self._unarmed = max(0, self._unarmed - 1)
+        return self._stops.push(self._decoder.push(token), armed=armed)
 
     def finish(self) -> str:
         """The rest, at the end of the tokens."""

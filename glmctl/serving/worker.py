@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import NamedTuple
 
 from glmctl.engine.engine import Engine, EngineStats
 from glmctl.engine.request import Event, Request
+from glmctl.errors import GlmctlError
+from glmctl.model.network import GlmMoe
 
 Listener = Callable[[list[Event] | None], None]
 """gets the events of one step; None means that the engine died and no more will come"""
@@ -33,6 +36,12 @@ class _Abort(NamedTuple):
     request_id: str
 
 
+class _Load(NamedTuple):
+    version: int
+    source: GlmMoe
+    done: Future[None]
+
+
 class EngineWorker:
     """Owns the engine's thread. At most `max_slots + max_queue` requests are inside at any time."""
 
@@ -40,7 +49,7 @@ class EngineWorker:
         self._engine = engine
         self.capacity = engine.max_slots + max_queue
         self._wake = threading.Condition()
-        self._inbox: list[_Add | _Abort] = []
+        self._inbox: list[_Add | _Abort | _Load] = []
         self._listeners: dict[str, Listener] = {}
         self._closing = False
         self._dead = False
@@ -77,6 +86,16 @@ class EngineWorker:
     def running(self) -> int:
         """Requests that hold a cache row."""
         return self._engine.active
+
+    @property
+    def kv_blocks(self) -> tuple[int, int]:
+        """Blocks of the cache in use, and all there are."""
+        return self._engine.kv_blocks
+
+    @property
+    def version(self) -> int:
+        """Of the weights."""
+        return self._engine.version
 
     @property
     def alive(self) -> bool:
@@ -123,6 +142,18 @@ class EngineWorker:
                     self._inbox.append(_Abort(request_id))
             self._wake.notify()
 
+    def load_weights(self, version: int, source: GlmMoe) -> Future[None]:
+        """Take the weights of `source` between two steps. The future fails with GlmctlError for another shape, with
+        EngineDied when the engine is not running."""
+        done: Future[None] = Future()
+        with self._wake:
+            if self._dead or self._closing:
+                done.set_exception(EngineDied("the engine is not running"))
+                return done
+            self._inbox.append(_Load(version, source, done))
+            self._wake.notify()
+        return done
+
     # ------------------------------------------------------------------ the engine's thread
 
     def _run(self) -> None:
@@ -134,6 +165,9 @@ class EngineWorker:
             with self._wake:
                 self._dead = True
                 listeners, self._listeners = set(self._listeners.values()), {}
+                lost = [order for order in self._inbox if isinstance(order, _Load)]
+            for order in lost:
+                order.done.set_exception(EngineDied("the engine stopped"))
             for listener in listeners:
                 listener(None)
 
@@ -142,15 +176,26 @@ class EngineWorker:
         with self._wake:
             while not (self._closing or self._inbox or self._engine.has_work):
                 self._wake.wait()
-            orders, self._inbox = self._inbox, []
             if self._closing:
                 return False
+            orders, self._inbox = self._inbox, []
         for order in orders:
-            if isinstance(order, _Add):
-                self._engine.add(order.request)
-            else:
-                self._engine.abort(order.request_id)
+            match order:
+                case _Add():
+                    self._engine.add(order.request)
+                case _Abort():
+                    self._engine.abort(order.request_id)
+                case _Load():
+                    self._load(order)
         return True
+
+    def _load(self, order: _Load) -> None:
+        try:
+            self._engine.load_weights(order.version, order.source)
+        except GlmctlError as error:
+            order.done.set_exception(error)
+        else:
+            order.done.set_result(None)
 
     def _deliver(self, events: list[Event]) -> None:
         batches: dict[Listener, list[Event]] = {}

@@ -6,6 +6,7 @@ import http.client
 import json
 import logging
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,8 +28,13 @@ KEY = "key-canary-51d2"
 
 @pytest.fixture(scope="module")
 def server(tiny_config: ModelConfig, tiny_tokenizer: Tokenizer) -> Iterator[Server]:
-    engine = Engine(GlmMoe(tiny_config, seed=0), max_slots=2, max_length=128)
-    service = Service("tiny", tiny_tokenizer, ChatTemplate(tiny_tokenizer), EngineWorker(engine, 4))
+    engine = Engine(
+        GlmMoe(tiny_config, seed=0),
+        max_slots=2,
+        max_length=128,
+        token_bytes=lambda token: tiny_tokenizer.decode_bytes([token]),
+    )
+    service = Service("tiny", tiny_tokenizer, ChatTemplate(tiny_tokenizer), EngineWorker(engine, 4), strict=True)
     server = Server(service, "127.0.0.1", 0, key=KEY)
     server.start()
     yield server
@@ -63,6 +69,11 @@ def raw_content(content: str) -> bytes:
 MESSAGE = {"role": "user", "content": "x"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 IMAGE = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x"}}
+
+
+def named(tool: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": tool}}
+
 
 # (name, body, the field that the error names, or None where the body as a whole is wrong)
 CORPUS: list[tuple[str, bytes, str | None]] = [
@@ -141,10 +152,27 @@ CORPUS: list[tuple[str, bytes, str | None]] = [
     ("stop of wrong type", chat(stop=7), "stop"),
     ("top_logprobs 21", chat(logprobs=True, top_logprobs=21), "top_logprobs"),
     ("top_logprobs alone", chat(top_logprobs=2), None),
-    ("penalty", chat(presence_penalty=1.0), "presence_penalty"),
-    ("logit bias", chat(logit_bias={"5": 100}), "logit_bias"),
-    ("json mode", chat(response_format={"type": "json_object"}), "response_format.type"),
-    ("forced tool", chat(tools=[TOOL], tool_choice="required"), "tool_choice"),
+    ("penalty 2.1", chat(presence_penalty=2.1), "presence_penalty"),
+    ("repetition penalty 0", chat(repetition_penalty=0), "repetition_penalty"),
+    ("logit bias 101", chat(logit_bias={"5": 101}), "logit_bias.5"),
+    ("logit bias of a word", chat(logit_bias={"five": 1}), "logit_bias"),
+    ("logit bias of no token", chat(logit_bias={"99999": 1}), "logit_bias"),
+    ("1025 logit biases", chat(logit_bias={str(index): 1 for index in range(1025)}), "logit_bias"),
+    ("stop token of no token", chat(stop_token_ids=[99999]), "stop_token_ids"),
+    ("min_tokens over max_tokens", chat(min_tokens=3), "min_tokens"),
+    ("audio", chat(audio={"voice": "x", "format": "wav"}), "audio"),
+    ("modalities", chat(modalities=["text", "audio"]), "modalities"),
+    ("functions", chat(functions=[{"name": "f"}]), "functions"),
+    ("web search", chat(web_search_options={}), "web_search_options"),
+    ("verbosity", chat(verbosity="high"), "verbosity"),
+    ("guided json", chat(guided_json={}), "guided_json"),
+    ("format of no kind", chat(response_format={"type": "xml"}), "response_format.type"),
+    ("format without schema", chat(response_format={"type": "json_schema"}), "response_format"),
+    ("schema without format", chat(response_format={"type": "text", "json_schema": {"name": "x"}}), "response_format"),
+    ("forced tool without tools", chat(tool_choice="required"), None),
+    ("forced tool that is not there", chat(tools=[TOOL], tool_choice=named("g")), None),
+    ("tools of one name", chat(tools=[TOOL, TOOL]), None),
+    ("custom tool", chat(tools=[{"type": "custom", "custom": {"name": "f"}}]), "tools[0].type"),
     ("129 tools", chat(tools=[TOOL] * 129), "tools"),
     ("tool without name", chat(tools=[{"type": "function", "function": {}}]), "tools[0].function.name"),
     ("tool name", chat(tools=[{"type": "function", "function": {"name": "a b"}}]), "tools[0].function.name"),
@@ -193,7 +221,9 @@ def test_bad_bodies_are_refused_by_name(server: Server, body: bytes, param: str 
         ("/v1/completions", {"prompt": ["a"] * 17}, "prompt"),
         ("/v1/completions", {"prompt": ""}, "prompt"),
         ("/v1/completions", {"prompt": [1] * 128}, "prompt"),
-        ("/v1/completions", {"prompt": "a", "echo": True}, "echo"),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 0}, None),
+        ("/v1/completions", {"prompt": "a", "suffix": "b"}, "suffix"),
+        ("/v1/messages", {"model": "tiny", "messages": [MESSAGE]}, "max_tokens"),
         ("/v1/completions", {"prompt": "a", "best_of": 10**9}, "best_of"),
         ("/v1/completions", {"prompt": "a", "logprobs": 21}, "logprobs"),
         ("/tokenize", {}, None),
@@ -208,7 +238,33 @@ def test_bad_fields_of_the_other_routes(server: Server, path: str, body: dict[st
         body = {"model": "tiny", "max_tokens": 2, **body}
     status, answer = post(server, path, json.dumps(body).encode())
     assert status == 400
+    if path.startswith("/v1/messages"):
+        assert answer["type"] == "error"
+        assert (param or "") in answer["error"]["message"]
+        return
     assert (answer["error"]["param"] or "").split("[")[0] == (param or "").split("[")[0]
+
+
+NUMBERS = ("max_tokens", "max_completion_tokens", "n", "top_logprobs", "min_tokens", "top_k", "seed", "temperature")
+NUMBERS += ("top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+VALUES = ("-1", "0", "1e999", "NaN", "-Infinity", "2147483648", "1" + "0" * 500, '"1"', "[]", "{}", "true", "-0.0")
+VALUES += ("1e-320", "99999999999999999999", '"\\ud800"', "[[[[]]]]", "0.1")
+BODIES = [raw_chat(f'"{name}": {value}').replace(b'"max_tokens": 2, ', b"") for name in NUMBERS for value in VALUES]
+FIELDS = ("messages", "tools", "tool_choice", "response_format", "stop", "logit_bias", "stream_options", "model")
+FIELDS += ("chat_template_kwargs", "thinking", "structured_outputs", "stop_token_ids", "metadata")
+ODD = (b"null", b"7", b'"\\u0000"', b"[]", b"{}", b"[null]", b'{"type": []}', b'[{"role": "user"}]', b'{"": ""}')
+
+
+def test_no_body_is_a_server_error(server: Server) -> None:
+    bodies = [*BODIES]
+    for name in FIELDS:
+        for value in ODD:
+            fields = {"model": b'"tiny"', "messages": b'[{"role": "user", "content": "x"}]', "max_tokens": b"1"}
+            fields[name] = value
+            bodies.append(b"{" + b", ".join(b'"%s": %s' % (key.encode(), raw) for key, raw in fields.items()) + b"}")
+    assert len(bodies) >= 300
+    statuses = Counter(post(server, "/v1/chat/completions", body)[0] for body in bodies)
+    assert set(statuses) <= {200, 400, 404}, statuses
 
 
 def test_a_misspelt_field_gets_its_nearest_name(server: Server) -> None:
@@ -281,7 +337,8 @@ def test_broken_http_is_a_400(server: Server, request_bytes: bytes) -> None:
         f"Authorization: Bearer {KEY}x\r\n",
         f"Authorization: Bearer {KEY[:-1]}\r\n",
         f"Authorization: {KEY}\r\n",
-        f"X-Api-Key: {KEY}\r\n",
+        f"X-Api-Key: {KEY}x\r\n",
+        f"X-Api-Key: {KEY}\r\nAuthorization: Bearer {KEY}\r\n",
         f"Authorization: Bearer {KEY}\r\nAuthorization: Bearer x\r\n",
     ],
 )

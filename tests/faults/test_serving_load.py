@@ -55,7 +55,9 @@ def model(tiny_config: ModelConfig, tiny_tokenizer: Tokenizer) -> GlmMoe:
 
 @contextmanager
 def serving(model: GlmMoe, tokenizer: Tokenizer, slots: int, queue: int) -> Iterator[tuple[Server, GatedEngine]]:
-    engine = GatedEngine(model, max_slots=slots, speculative=1)
+    engine = GatedEngine(
+        model, max_slots=slots, speculative=1, token_bytes=lambda token: tokenizer.decode_bytes([token])
+    )
     service = Service("tiny", tokenizer, ChatTemplate(tokenizer), EngineWorker(engine, queue))
     server = Server(service, "127.0.0.1", 0)
     server.start()

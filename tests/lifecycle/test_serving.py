@@ -122,7 +122,7 @@ def learnt(tokenizer: Tokenizer) -> GlmMoe:
 
 
 def service_of(model: GlmMoe, tokenizer: Tokenizer, *, slots: int = 4, queue: int = 16) -> Service:
-    engine = Engine(model, max_slots=slots, speculative=1)
+    engine = Engine(model, max_slots=slots, speculative=1, token_bytes=lambda token: tokenizer.decode_bytes([token]))
     return Service("tiny", tokenizer, ChatTemplate(tokenizer), EngineWorker(engine, queue))
 
 
