@@ -147,7 +147,7 @@ class Scheduler:
         """
         shared, names = self._match(sequence)
         idle = sum(self.blocks.users(block) == 0 for block in shared)
-        new = self._blocks_for(self._places(sequence, len(sequence.tokens))) - len(shared)
+        new = self._blocks_for(self._places(len(sequence.tokens))) - len(shared)
         if new > self.blocks.free - idle - len(self.running):
             return False
         for block in shared:
@@ -180,16 +180,16 @@ class Scheduler:
             names.append(name)
         return blocks, names
 
-    def _places(self, sequence: Sequence, end: int) -> int:
+    def _places(self, end: int) -> int:
         """Places that a step which computes up to `end` writes to."""
         return min(end + self.lookahead, self.max_length)
 
     def _reserve(self, sequence: Sequence, count: int) -> bool:
         """Blocks for the next `count` tokens and the drafts; preempts from the youngest on. False when that was it."""
-        end = sequence.computed + count + len(sequence.drafts)
-        need = self._blocks_for(self._places(sequence, end)) - len(sequence.blocks)
-        if need <= 0:
+        places = self._places(sequence.computed + count + len(sequence.drafts))
+        if places <= len(sequence.blocks) * self.block_size:
             return True
+        need = self._blocks_for(places) - len(sequence.blocks)
         while self.blocks.free < need:
             youngest = self.running[-1]
             self._preempt(youngest)

@@ -41,7 +41,8 @@ def lay_out(works: Seq[Work], table_SM: npt.NDArray[np.int32]) -> tuple[StepBatc
         token += sequence.tokens[work.start : work.start + work.count]
         token += work.drafts
         counts.append(len(token) - row)
-        wanted += [row + place - work.start for place in _scored_places(work)]
+        if sequence.request.params.prompt_logprobs is not None:
+            wanted += [row + place - work.start for place in _scored_places(work)]
         placed.append(Placed(work, row, scores, len(wanted)))
         if work.newest:
             wanted += range(row + work.count - 1, len(token))
@@ -76,11 +77,12 @@ def choose(placed: Seq[Placed], logits_RV: Tensor, params: Rows) -> Picked | Non
 def score_prompt(placed: Placed, logits_RV: Tensor) -> None:
     """Append the log-probabilities of the prompt tokens that this piece predicts, where the request wants them."""
     sequence = placed.work.sequence
+    wanted = sequence.request.params.prompt_logprobs
+    if wanted is None:
+        return
     places = _scored_places(placed.work)
     if not places:
         return
-    wanted = sequence.request.params.prompt_logprobs
-    assert wanted is not None
     logprobs_RV = logits_RV[placed.scores : placed.choices].log_softmax(-1)
     next_R = torch.tensor(sequence.tokens[places[0] + 1 : places.stop + 1], device=logits_RV.device)
     own = logprobs_RV.gather(-1, next_R[:, None])[:, 0].tolist()
@@ -102,8 +104,6 @@ def top_of(picked: Picked, row: int, count: int) -> TopLogprobs | None:
 def _scored_places(work: Work) -> range:
     """Places whose logits score the prompt token behind them, without those scored before a preemption."""
     sequence = work.sequence
-    if sequence.request.params.prompt_logprobs is None:
-        return range(0)
     return range(
         max(work.start, len(sequence.prompt_logprobs)), min(work.start + work.count, sequence.prompt_length - 1)
     )
