@@ -7,7 +7,8 @@ A step is forward, backward, clipping and fused AdamW, fp32, no MTP layer (trans
 of the same shapes. Tokens per second are medians over the repeats; `ceiling` is the fastest fp32 matrix product
 (1024^3) measured in the same run and `share` is the model's arithmetic (6 x active matrix elements + causal attention,
 no recomputation, per token) over the time and the ceiling. `first` is the seconds of the first step, compilation
-included. Peak memory is of a process of its own. The Muon line is ours with Muon in AdamW's place at 16,384 tokens.
+included. Peak memory is of a process of its own. `times_hf_default_cpu` compares
+processor time, for busy machines. The Muon line is ours with Muon in AdamW's place at 16,384 tokens.
 Prints a table and, last, one JSON object.
 """
 
@@ -18,14 +19,14 @@ import gc
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -91,7 +92,7 @@ def peer_step(name: str, experts: str, *, compiled: bool) -> Step:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(loss)
+        return float(loss.detach())
 
     return step
 
@@ -102,10 +103,17 @@ def make(name: str, variant: str) -> Step:
     return peer_step(name, "eager" if variant == "hf-loop" else "grouped_mm", compiled=variant == "hf-compiled")
 
 
-def timed(step: Step) -> float:
-    began = time.perf_counter()
+class Cost(NamedTuple):
+    """Seconds of one step: by the clock, and of processor time, which other work on the machine disturbs less."""
+
+    wall: float
+    cpu: float
+
+
+def timed(step: Step) -> Cost:
+    wall, cpu = time.perf_counter(), time.process_time()
     step()
-    return time.perf_counter() - began
+    return Cost(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def peak_mebibytes(name: str, variant: str) -> int:
@@ -120,26 +128,28 @@ def measure(name: str, variants: list[str], repeats: int, *, memory: bool) -> di
     found: dict[str, dict[str, Any]] = {}
     for variant in variants:
         step = make(name, variant)
-        found[variant] = {"first_s": round(timed(step), 2)}
+        found[variant] = {"first_s": round(timed(step).wall, 2)}
         step()
         steps[variant] = step
-    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+    costs: dict[str, list[Cost]] = {variant: [] for variant in variants}
     for _ in range(repeats):
         for variant, step in steps.items():
-            seconds[variant].append(timed(step))
+            costs[variant].append(timed(step))
     ceiling = matmul_ceiling()
     rows, length = SHAPES[name]
     per_token = flops_per_token(config_of(name), length, mtp=False)
-    for variant, times in seconds.items():
+    for variant, own in costs.items():
+        times = [cost.wall for cost in own]
         median = statistics.median(times)
         found[variant] |= {
             "tokens_per_s": round(rows * length / median),
             "spread": round((max(times) - min(times)) / median, 3),
             "share_of_ceiling": round(per_token * rows * length / median / ceiling, 3),
         }
-        if "hf-grouped" in seconds:
-            ratios = [a / b for a, b in zip(seconds["hf-grouped"], times, strict=True)]
-            found[variant]["times_hf_default"] = round(statistics.median(ratios), 3)
+        if "hf-grouped" in costs:
+            pairs = list(zip(costs["hf-grouped"], own, strict=True))
+            found[variant]["times_hf_default"] = round(statistics.median(a.wall / b.wall for a, b in pairs), 3)
+            found[variant]["times_hf_default_cpu"] = round(statistics.median(a.cpu / b.cpu for a, b in pairs), 3)
         if memory:
             found[variant]["peak_mib"] = peak_mebibytes(name, variant)
     return {"ceiling_gflops": round(ceiling / 1e9, 1), "mflop_per_token": round(per_token / 1e6, 2), "variants": found}
@@ -150,8 +160,8 @@ def muon(name: str, repeats: int) -> dict[str, Any]:
     rows = MUON_TOKENS // SHAPES[name][1]
     with_muon, with_adam = (our_step(name, plain=False, muon=m, rows=rows) for m in (True, False))
     pairs = [(timed(with_muon), timed(with_adam)) for _ in range(repeats + 1)][1:]
-    a, b = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return {"step_s": round(a, 3), "step_with_adamw_s": round(b, 3), "muon_share": round((a - b) / a, 3)}
+    a, b = (statistics.median(cost.cpu for cost in column) for column in zip(*pairs, strict=True))
+    return {"step_cpu_s": round(a, 3), "step_with_adamw_cpu_s": round(b, 3), "muon_share": round((a - b) / a, 3)}
 
 
 def main() -> None:
@@ -167,7 +177,9 @@ def main() -> None:
         step = make(given.model[0], given.memory_of)
         for _ in range(3):
             step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        # not getrusage: its maximum is inherited from the process that started this one
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        print(int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) // 1024)
         return
     report: dict[str, Any] = {
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},

@@ -35,6 +35,7 @@ TABLE = {
     "chat": "Chat with a model on the terminal.",
     "recipe": "List, show and check recipes.",
     "doctor": "Say what this machine offers, and how to get the rest.",
+    "runs": "List, show and compare runs.",
 }
 """command -> its line of help; the module is glmctl.commands.<name>"""
 

@@ -13,6 +13,7 @@ from glmctl.recipe.schema import (
     DistillRecipe,
     EvalRecipe,
     MuonSpec,
+    Optimizer,
     PipelineRecipe,
     PretrainRecipe,
     ProblemsRecipe,
@@ -77,6 +78,7 @@ def _pretrain(recipe: PretrainRecipe) -> dict[str, Any]:
             "ramp_tokens": batch.ramp_tokens,
         },
         "warmup_tokens": round(recipe.schedule.warmup_fraction * recipe.total_tokens),
+        "parameter_groups": parameter_groups(recipe.model, recipe.optimizer),
         **memory(recipe.model, recipe.optimizer),
     }
 
@@ -91,6 +93,25 @@ def parameters(config: ModelConfig) -> dict[str, int]:
         "parameters_mtp": counts.mtp,
         "parameters_vocabulary": counts.vocabulary,
         "parameters_active": counts.active,
+    }
+
+
+def parameter_groups(config: ModelConfig, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """Who updates what: elements, weight decay and what is in each group. All groups share one learning rate."""
+    total, decay = config.parameter_counts().total, optimizer.weight_decay
+    small = sum(vectors(config))
+    if not isinstance(optimizer, MuonSpec):
+        return {
+            "adamw": {"elements": total - small, "weight_decay": decay, "holds": "every matrix"},
+            "adamw_vectors": {"elements": small, "weight_decay": 0.0, "holds": "biases, norms"},
+        }
+    rest = _adamw_elements(config, optimizer)
+    head = "" if config.tie_word_embeddings or optimizer.head == "muon" else "output matrix, "
+    matrices = "q, k, v, o, gate, up, down, each expert apart, routers, MTP's eh_proj"
+    matrices += ", output matrix" if optimizer.head == "muon" and not config.tie_word_embeddings else ""
+    return {
+        "muon": {"elements": total - rest, "weight_decay": decay, "holds": matrices},
+        "adamw": {"elements": rest, "weight_decay": decay, "holds": f"embedding, {head}biases, norms"},
     }
 
 

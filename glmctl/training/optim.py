@@ -43,7 +43,7 @@ class MuonGroup:
         names = [name for name, parameter in self.named.items() if parameter.grad is not None]
         if not names:
             return
-        gradients = [_gradient(self.named[name]) for name in names]
+        gradients = [_gradient(self.named[name]).to(torch.float32) for name in names]
         momenta = [self._momentum(name) for name in names]
         torch._foreach_mul_(momenta, self.spec.momentum)
         torch._foreach_add_(momenta, gradients)
@@ -104,7 +104,7 @@ class AdamWGroup:
         states = [self._state(name) for name in names]
         adamw(
             [self.named[name] for name in names],
-            [_gradient(self.named[name]) for name in names],
+            [_gradient(self.named[name]).to(self.named[name].dtype) for name in names],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -235,7 +235,7 @@ def _decayed(named: dict[str, nn.Parameter], spec: MuonSpec | AdamWSpec) -> froz
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
     assert parameter.grad is not None
-    return parameter.grad.to(torch.float32)
+    return parameter.grad
 
 
 def _matrices(name: str, tensor: Tensor) -> Tensor:
