@@ -40,7 +40,10 @@ def convert(
     ] = None,
     to: Annotated[str | None, typer.Option("--to", help="hf (default), checkpoint or gguf.")] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, bfloat16, float16, q8_0 (gguf only) or keep (default).")
+        str | None,
+        typer.Option(
+            "--dtype", help="float32, bfloat16, float16, keep (default); fp8-channel, fp8-block (hf); q8_0 (gguf)."
+        ),
     ] = None,
     overrides: stage.SetOption = None,
     run: stage.RunOption = None,

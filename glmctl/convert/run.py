@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from glmctl import console
+from glmctl.convert.fp8 import SCALE, ErrorReport
 from glmctl.convert.gguf_export import write_gguf
 from glmctl.convert.source import STATE, WEIGHTS, StoredModel, check_copies, open_model
-from glmctl.convert.verify import compare
-from glmctl.convert.write import Folder, write_checkpoint, write_folder
+from glmctl.convert.verify import compare, logit_difference
+from glmctl.convert.write import Folder, write_checkpoint, write_folder, write_fp8
 from glmctl.errors import DataError
 from glmctl.recipe.schema import ConvertRecipe
 from glmctl.run import atomic
@@ -28,19 +29,22 @@ def run(recipe: ConvertRecipe, run: Run) -> dict[str, Any]:
     their in-memory names and the shape in state.json, without optimizer state; `to: gguf` a file for llama.cpp.
     Memory stays bounded whatever the model's size. Every large file is read back and its SHA-256 compared with
     that of the bytes meant for it; folders and checkpoints of up to `compare_bytes` are also compared with the
-    source tensor by tensor and by their logits.
+    source tensor by tensor and by their logits. From an FP8 source, `keep` means the dtype that its config names.
 
-    Returns {kind, source, tensors, bytes, verified} and, where compared, {identical, max_logit_difference}. Raises
+    Returns {kind, source, tensors, bytes, verified}; where compared, {identical, max_logit_difference}; and for an FP8
+    result {quantisation_error} (`fp8.ErrorReport`), whose logits are compared but whose tensors differ. Raises
     DataError when the source is damaged, or when what was written does not equal it.
     """
     model = open_model(Path(recipe.source))
+    dtype = _DTYPES[recipe.dtype] or model.packed_as if recipe.dtype in _DTYPES else None
+    report = ErrorReport()
     where = model.source.path
     console.note(f"reading {where} ({'model folder' if model.source.kind == 'hf' else model.source.kind})")
     known: dict[str, str] = {}
     with atomic.publish(run.export, known) as path:
         folder = Folder(path)
         try:
-            _convert(recipe, model, folder)
+            _convert(recipe, model, folder, dtype, report)
             folder.check()
         finally:
             folder.abandon()
@@ -54,10 +58,15 @@ def run(recipe: ConvertRecipe, run: Run) -> dict[str, Any]:
         "bytes": sum((run.export / name).stat().st_size for name in known),
         "verified": "read back",
     }
+    if recipe.dtype in SCALE:
+        summary["quantisation_error"] = report.summary()
     if recipe.to == "gguf" or model.nbytes > recipe.compare_bytes:
         return summary
     console.note("comparing")
-    found = compare(where, run.export, dtype=_DTYPES[recipe.dtype])
+    if recipe.dtype in SCALE:
+        difference = logit_difference(model, open_model(run.export))
+        return summary | {"verified": "read back, logits", "max_logit_difference": difference}
+    found = compare(model, run.export, dtype=dtype)
     if not found.identical:
         raise DataError(f"{run.export}: does not equal {where}: {found.differences[0]}")
     return summary | {
@@ -68,13 +77,17 @@ def run(recipe: ConvertRecipe, run: Run) -> dict[str, Any]:
     }
 
 
-def _convert(recipe: ConvertRecipe, model: StoredModel, folder: Folder) -> None:
+def _convert(
+    recipe: ConvertRecipe, model: StoredModel, folder: Folder, dtype: torch.dtype | None, report: ErrorReport
+) -> None:
     if model.source.kind == "checkpoint":
         folder.meanwhile(partial(atomic.verify, model.source.path, only=(WEIGHTS, STATE)))
     check_copies(model)
     if recipe.to == "gguf":
         write_gguf(model, folder, recipe.dtype)
     elif recipe.to == "checkpoint":
-        write_checkpoint(model, folder, dtype=_DTYPES[recipe.dtype])
+        write_checkpoint(model, folder, dtype=dtype)
+    elif recipe.dtype in SCALE:
+        write_fp8(model, folder, recipe.dtype, report, shard_bytes=recipe.shard_bytes)
     else:
-        write_folder(model, folder, dtype=_DTYPES[recipe.dtype], shard_bytes=recipe.shard_bytes)
+        write_folder(model, folder, dtype=dtype, shard_bytes=recipe.shard_bytes)

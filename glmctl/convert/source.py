@@ -1,4 +1,4 @@
-"""What a conversion starts from: a model folder, a training checkpoint, a GGUF file, or a run that has one of them."""
+"""What a conversion starts from: a model folder, a training checkpoint, or a run that has one of them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Literal
 import torch
 from pydantic import ValidationError
 
+from glmctl.convert.fp8 import dequantised, is_scale
 from glmctl.convert.stored import Stored, cast, concatenated, equal, from_file, section
 from glmctl.errors import DataError, RecipeError
 from glmctl.model.config import ModelConfig
-from glmctl.model.folder import check_tensors, load_config, open_tensors
+from glmctl.model.folder import check_tensors, load_config, open_tensors, read_json
 from glmctl.model.network import GlmMoe
 from glmctl.model.tensor_file import TensorFile
 from glmctl.model.weights import Entry, entries, memory_shapes
@@ -46,6 +47,8 @@ class StoredModel:
     config: ModelConfig
     tensors: dict[str, Stored]
     """in file order; the MTP layer's repetitions of embedding and head only where the source stores (or means) them"""
+    packed_as: torch.dtype | None = None
+    """for a source of packed numbers, shown here in fp32: the dtype its config names for them unpacked"""
 
     @property
     def copies(self) -> bool:
@@ -102,14 +105,24 @@ def open_model(path: Path) -> StoredModel:
 
 
 def _open_folder(source: Source) -> StoredModel:
-    config = load_config(source.path)
+    path = source.path / "config.json"
+    body = read_json(path, "a model folder has a config.json")
+    config = load_config(source.path, quantised=True)
     files = open_tensors(source.path)
-    wanted = check_tensors(source.path, config, files)
-    tensors = {name: from_file(files[name], name) for name in wanted if name in files}
+    description = body.get("quantization_config")
+    if description is None:
+        check_tensors(source.path, config, files)
+        found = {name: from_file(file, name) for name, file in files.items()}
+    else:
+        check_tensors(source.path, config, {name: file for name, file in files.items() if not is_scale(name)})
+        found = dequantised(files, description if isinstance(description, dict) else {}, path)
+    tensors = {entry.disk: found[entry.disk] for entry in entries(config) if entry.disk in found}
     for name, tensor in tensors.items():
         if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
             raise DataError(f"{files[name].path}: tensor '{name}' is {tensor.dtype}, expected floating point")
-    return StoredModel(source, config, tensors)
+    named = getattr(torch, str(body.get("torch_dtype") or body.get("dtype")), None)
+    unpacked = named if isinstance(named, torch.dtype) and named.is_floating_point else torch.bfloat16
+    return StoredModel(source, config, tensors, packed_as=None if description is None else unpacked)
 
 
 def _open_checkpoint(source: Source) -> StoredModel:

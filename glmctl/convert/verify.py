@@ -35,14 +35,17 @@ class Comparison:
         return not self.differences
 
 
-def compare(a: Path, b: Path, *, dtype: torch.dtype | None = None, logits: bool = True) -> Comparison:
-    """Compare two models, each a model folder, a checkpoint or a run.
+def compare(
+    a: Path | StoredModel, b: Path | StoredModel, *, dtype: torch.dtype | None = None, logits: bool = True
+) -> Comparison:
+    """Compare two models, each a model folder, a checkpoint, a run, or one of them opened.
 
     Names are compared both ways, then shape, dtype and SHA-256 of every tensor, in bounded memory; the logits of
     both, unless `logits` is off, with both in memory one after the other. With `dtype`, `b` is expected to be `a`
     converted to it (router biases excepted). Raises DataError or RecipeError when one cannot be read.
     """
-    first, second = open_model(a), open_model(b)
+    first, second = (x if isinstance(x, StoredModel) else open_model(x) for x in (a, b))
+    a, b = first.source.path, second.source.path
     left, right = plain_tensors(first, dtype), second.tensors
     result = Comparison()
     result.differences += [f"tensor '{name}' is only in {a}" for name in sorted(left.keys() - right.keys())]

@@ -10,12 +10,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from glmctl.convert.fp8 import ErrorReport, description, quantisable, quantised
 from glmctl.convert.source import STATE, WEIGHTS, StoredModel, in_memory, stored_dtype
 from glmctl.convert.stored import Stored, cast
 from glmctl.errors import EnvironmentProblem
@@ -165,6 +167,22 @@ def write_folder(
     _bring_tokenizer(model, folder)
 
 
+def write_fp8(model: StoredModel, folder: Folder, layout: str, report: ErrorReport, *, shard_bytes: float) -> None:
+    """A Hugging Face folder with FP8 projections (`convert.fp8`), everything else bf16, router biases fp32."""
+    listed = {
+        name: tensor if quantisable(name, tensor) else cast(tensor, stored_dtype(name, tensor, torch.bfloat16))
+        for name, tensor in model.tensors.items()
+    }
+    write_folder(
+        model,
+        folder,
+        dtype=torch.bfloat16,
+        shard_bytes=shard_bytes,
+        tensors=quantised(listed, layout, report),
+        config_extra={"quantization_config": description(listed, layout)},
+    )
+
+
 def plain_tensors(model: StoredModel, dtype: torch.dtype | None) -> dict[str, Stored]:
     """The model's tensors as `dtype` (None = as they are), router biases in fp32."""
     return {name: cast(tensor, stored_dtype(name, tensor, dtype)) for name, tensor in model.tensors.items()}
@@ -172,7 +190,7 @@ def plain_tensors(model: StoredModel, dtype: torch.dtype | None) -> dict[str, St
 
 def write_checkpoint(model: StoredModel, folder: Folder, *, dtype: torch.dtype | None) -> None:
     """The weights under their in-memory names and the shape in state.json, without optimizer state."""
-    listed = in_memory(StoredModel(model.source, model.config, plain_tensors(model, dtype)))
+    listed = in_memory(replace(model, tensors=plain_tensors(model, dtype)))
     write_safetensors(folder, WEIGHTS, listed)
     state = {"step": 0, "model": model.config.model_dump(mode="json"), "mtp_copies": model.copies}
     body = json.dumps({"version": 1, "state": state}, indent=2)

@@ -47,7 +47,7 @@ class ConvertRecipe(RecipeBase):
     type: Literal["convert"] = "convert"
     source: str = Field(description="model folder, checkpoint or run")
     to: Literal["hf", "checkpoint", "gguf"] = "hf"
-    dtype: Literal["keep", "float32", "bfloat16", "float16", "q8_0"] = "keep"
+    dtype: Literal["keep", "float32", "bfloat16", "float16", "q8_0", "fp8-channel", "fp8-block"] = "keep"
     shard_bytes: int = Field(5_000_000_000, gt=0)
     compare_bytes: int = Field(
         2_000_000_000, ge=0, description="models up to this size are also compared tensor by tensor and by logits"
@@ -57,6 +57,8 @@ class ConvertRecipe(RecipeBase):
     def _possible(self) -> ConvertRecipe:
         if self.dtype == "q8_0" and self.to != "gguf":
             raise ValueError("dtype q8_0 exists in GGUF files only; set to=gguf")
+        if self.dtype.startswith("fp8") and self.to != "hf":
+            raise ValueError(f"dtype {self.dtype} exists in Hugging Face folders only; set to=hf")
         return self
 
 
