@@ -38,7 +38,7 @@ def convert(
     other: Annotated[
         Path | None, typer.Argument(metavar="B", help="verify: what A is compared with.", show_default=False)
     ] = None,
-    to: Annotated[str | None, typer.Option("--to", help="hf (default), checkpoint or gguf.")] = None,
+    to: Annotated[str | None, typer.Option("--to", help="hf (default), checkpoint, gguf or megatron.")] = None,
     dtype: Annotated[
         str | None,
         typer.Option(

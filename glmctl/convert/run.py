@@ -13,7 +13,7 @@ from glmctl.convert.fp8 import SCALE, ErrorReport
 from glmctl.convert.gguf_export import write_gguf
 from glmctl.convert.source import STATE, WEIGHTS, StoredModel, check_copies, open_model
 from glmctl.convert.verify import compare, logit_difference
-from glmctl.convert.write import Folder, write_checkpoint, write_folder, write_fp8
+from glmctl.convert.write import Folder, write_checkpoint, write_folder, write_fp8, write_megatron
 from glmctl.errors import DataError
 from glmctl.recipe.schema import ConvertRecipe
 from glmctl.run import atomic
@@ -87,6 +87,8 @@ def _convert(
         write_gguf(model, folder, recipe.dtype)
     elif recipe.to == "checkpoint":
         write_checkpoint(model, folder, dtype=dtype)
+    elif recipe.to == "megatron":
+        write_megatron(model, folder, dtype=dtype, shard_bytes=recipe.shard_bytes)
     elif recipe.dtype in SCALE:
         write_fp8(model, folder, recipe.dtype, report, shard_bytes=recipe.shard_bytes)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,8 @@ import torch
 from pydantic import ValidationError
 
 from glmctl.convert.fp8 import dequantised, is_scale
-from glmctl.convert.stored import Stored, cast, concatenated, equal, from_file, section
+from glmctl.convert.megatron import NAMES, from_megatron, to_megatron
+from glmctl.convert.stored import Stored, cast, concatenated, equal, from_file, missing, section
 from glmctl.errors import DataError, RecipeError
 from glmctl.model.config import ModelConfig
 from glmctl.model.folder import check_tensors, load_config, open_tensors, read_json
@@ -110,6 +111,12 @@ def _open_folder(source: Source) -> StoredModel:
     config = load_config(source.path, quantised=True)
     files = open_tensors(source.path)
     description = body.get("quantization_config")
+    if body.get("tensor_names") == NAMES:
+        found = _under_hf_names(source.path, config, files)
+        if body.get("mtp_copies"):
+            originals = {entry.memory: entry.disk for entry in entries(config) if not entry.copy}
+            found |= {entry.disk: found[originals[entry.memory]] for entry in entries(config) if entry.copy}
+        return StoredModel(source, config, {e.disk: found[e.disk] for e in entries(config) if e.disk in found})
     if description is None:
         check_tensors(source.path, config, files)
         found = {name: from_file(file, name) for name, file in files.items()}
@@ -123,6 +130,23 @@ def _open_folder(source: Source) -> StoredModel:
     named = getattr(torch, str(body.get("torch_dtype") or body.get("dtype")), None)
     unpacked = named if isinstance(named, torch.dtype) and named.is_floating_point else torch.bfloat16
     return StoredModel(source, config, tensors, packed_as=None if description is None else unpacked)
+
+
+def _under_hf_names(folder: Path, config: ModelConfig, files: Mapping[str, TensorFile]) -> dict[str, Stored]:
+    """Tensors of a folder with Megatron's names, checked both ways; shapes are checked against the table's."""
+    shapes = {entry.disk: entry.shape for entry in entries(config)}
+    wanted = to_megatron(config, {name: missing(shape) for name, shape in shapes.items()})
+    for name in [*wanted, *files]:
+        if name not in files:
+            raise DataError(f"{folder}: tensor '{name}' is missing")
+        if name not in wanted:
+            raise DataError(f"{files[name].path}: tensor '{name}' is not part of this model")
+        if files[name].slots[name].shape != wanted[name].shape:
+            shape = list(files[name].slots[name].shape)
+            raise DataError(
+                f"{files[name].path}: tensor '{name}' has shape {shape}, expected {list(wanted[name].shape)}"
+            )
+    return from_megatron(config, {name: from_file(file, name) for name, file in files.items()})
 
 
 def _open_checkpoint(source: Source) -> StoredModel:

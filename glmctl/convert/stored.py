@@ -76,6 +76,15 @@ def from_tensor(tensor: Tensor) -> Stored:
     return Stored(tuple(tensor.shape), tensor.dtype, lambda start, stop: rows_NW[start:stop].clone())
 
 
+def missing(shape: tuple[int, ...]) -> Stored:
+    """A tensor of which only the shape matters; it has no rows to read."""
+
+    def read(start: int, stop: int) -> Tensor:
+        raise AssertionError("only its shape exists")
+
+    return Stored(shape, torch.float32, read)
+
+
 def mapped(
     source: Stored, change: Callable[[Tensor], Tensor], dtype: torch.dtype, *, width: int | None = None
 ) -> Stored:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from glmctl.convert.fp8 import ErrorReport, description, quantisable, quantised
+from glmctl.convert.megatron import NAMES, to_megatron
 from glmctl.convert.source import STATE, WEIGHTS, StoredModel, in_memory, stored_dtype
 from glmctl.convert.stored import Stored, cast
 from glmctl.errors import EnvironmentProblem
@@ -180,6 +181,18 @@ def write_fp8(model: StoredModel, folder: Folder, layout: str, report: ErrorRepo
         shard_bytes=shard_bytes,
         tensors=quantised(listed, layout, report),
         config_extra={"quantization_config": description(listed, layout)},
+    )
+
+
+def write_megatron(model: StoredModel, folder: Folder, *, dtype: torch.dtype | None, shard_bytes: float) -> None:
+    """A folder of safetensors under Megatron-core's names and in its layouts (`convert.megatron`)."""
+    write_folder(
+        model,
+        folder,
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+        tensors=to_megatron(model.config, plain_tensors(model, dtype)),
+        config_extra={"tensor_names": NAMES, "mtp_copies": model.copies},
     )
 
 

@@ -46,7 +46,7 @@ class ConvertRecipe(RecipeBase):
 
     type: Literal["convert"] = "convert"
     source: str = Field(description="model folder, checkpoint or run")
-    to: Literal["hf", "checkpoint", "gguf"] = "hf"
+    to: Literal["hf", "checkpoint", "gguf", "megatron"] = "hf"
     dtype: Literal["keep", "float32", "bfloat16", "float16", "q8_0", "fp8-channel", "fp8-block"] = "keep"
     shard_bytes: int = Field(5_000_000_000, gt=0)
     compare_bytes: int = Field(
