@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,65 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from glmctl.convert.gguf_names import EXPERT, gguf_name, gguf_package
 from glmctl.convert.gguf_vocabulary import add_vocabulary
 from glmctl.convert.source import StoredModel
 from glmctl.convert.stored import Stored, cast, concatenated, mapped
 from glmctl.convert.write import Folder
-from glmctl.errors import DataError, EnvironmentProblem
+from glmctl.errors import DataError
 from glmctl.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 FILE = "model.gguf"
-
-_LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "post_attention_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.gate": "ffn_gate_inp",
-    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
-    "mlp.shared_experts.up_proj": "ffn_up_shexp",
-    "mlp.shared_experts.down_proj": "ffn_down_shexp",
-    "eh_proj": "nextn.eh_proj",
-    "enorm": "nextn.enorm",
-    "hnorm": "nextn.hnorm",
-    "embed_tokens": "nextn.embed_tokens",
-    "shared_head.norm": "nextn.shared_head_norm",
-    "shared_head.head": "nextn.shared_head_head",
-}
-"""Hugging Face's name inside a layer -> GGUF's, both without `.weight` or `.bias`"""
-
-_OUTSIDE = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_NAME = re.compile(r"^model\.layers\.(\d+)\.(.+)\.(weight|bias)$")
-_EXPERT = re.compile(r"^(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
-_BIAS = re.compile(r"^model\.layers\.(\d+)\.mlp\.gate\.e_score_correction_bias$")
-
 _ALIGNMENT = 32
 _Q8_WIDTH = 32
-
-
-def gguf_name(name: str) -> str:
-    """GGUF's name of a tensor that is not one of the routed experts."""
-    if name in _OUTSIDE:
-        return _OUTSIDE[name]
-    if match := _BIAS.match(name):
-        return f"blk.{match[1]}.exp_probs_b.bias"
-    match = _NAME.match(name)
-    assert match is not None, name
-    return f"blk.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
 
 
 def write_gguf(model: StoredModel, folder: Folder, dtype: str) -> None:
@@ -85,7 +39,7 @@ def write_gguf(model: StoredModel, folder: Folder, dtype: str) -> None:
     """
     if model.config.attention != "gqa" or model.config.rope_scaling or model.config.scoring_func != "sigmoid":
         raise DataError(f"{model.source.path}: GGUF export knows GLM's architecture only")
-    gguf = _package()
+    gguf = gguf_package()
     kind = str(model.dtype).removeprefix("torch.") if dtype == "keep" else dtype
     tensors = {name: _encode(name, tensor, kind) for name, tensor in _stacked(model)}
     with tempfile.TemporaryDirectory() as scratch:
@@ -117,19 +71,11 @@ def write_gguf(model: StoredModel, folder: Folder, dtype: str) -> None:
             file.write(bytes(-stored.nbytes % _ALIGNMENT))
 
 
-def _package() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise EnvironmentProblem("the package 'gguf' is not installed", hint="pip install 'glmctl[gguf]'") from error
-    return gguf
-
-
 def _stacked(model: StoredModel) -> Iterator[tuple[str, Stored]]:
     """The tensors under GGUF's names, the experts of a layer as one [E, rows, columns]."""
     E = model.config.n_routed_experts
     for name, tensor in model.tensors.items():
-        match = _EXPERT.match(name)
+        match = EXPERT.match(name)
         if match is None:
             yield gguf_name(name), tensor
         elif match[2] == "0":
@@ -156,7 +102,7 @@ def _encode(name: str, tensor: Stored, kind: str) -> tuple[Stored, tuple[int, ..
 
 def _q8_0(rows: Tensor) -> Tensor:
     """Rows [n, width] -> [n, width / 32 * 34] bytes: of every 32 numbers an fp16 scale and 32 int8."""
-    gguf = _package()
+    gguf = gguf_package()
     packed: np.ndarray[Any, np.dtype[np.uint8]] = gguf.quants.quantize(
         rows.float().numpy(), gguf.GGMLQuantizationType.Q8_0
     )

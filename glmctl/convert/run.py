@@ -12,6 +12,7 @@ from glmctl import console
 from glmctl.convert.fp8 import SCALE, ErrorReport
 from glmctl.convert.gguf_export import write_gguf
 from glmctl.convert.source import STATE, WEIGHTS, StoredModel, check_copies, open_model
+from glmctl.convert.upcycle import upcycle
 from glmctl.convert.verify import compare, logit_difference
 from glmctl.convert.write import Folder, write_checkpoint, write_folder, write_fp8, write_megatron
 from glmctl.errors import DataError
@@ -36,6 +37,8 @@ def run(recipe: ConvertRecipe, run: Run) -> dict[str, Any]:
     DataError when the source is damaged, or when what was written does not equal it.
     """
     model = open_model(Path(recipe.source))
+    if recipe.upcycle is not None:
+        model = upcycle(model, recipe.upcycle, recipe.seed)
     dtype = _DTYPES[recipe.dtype] or model.packed_as if recipe.dtype in _DTYPES else None
     report = ErrorReport()
     where = model.source.path
@@ -49,7 +52,7 @@ def run(recipe: ConvertRecipe, run: Run) -> dict[str, Any]:
         finally:
             folder.abandon()
         known.update(folder.digests)
-    if model.source.tokenizer_folder is None:
+    if model.source.tokenizer_folder is None and not model.tokenizer_files:
         console.note(f"{where}: no tokenizer beside it, so none is exported")
     summary: dict[str, Any] = {
         "kind": recipe.to,

@@ -1,18 +1,20 @@
-"""What a conversion starts from: a model folder, a training checkpoint, or a run that has one of them."""
+"""What a conversion starts from: a model folder, a training checkpoint, a GGUF file, or a run that has one of them."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 from pydantic import ValidationError
 
+from glmctl.convert.dense import FAMILIES, dense_config
 from glmctl.convert.fp8 import dequantised, is_scale
+from glmctl.convert.gguf_import import read_gguf
 from glmctl.convert.megatron import NAMES, from_megatron, to_megatron
 from glmctl.convert.stored import Stored, cast, concatenated, equal, from_file, missing, section
 from glmctl.errors import DataError, RecipeError
@@ -27,7 +29,7 @@ STATE = "state.json"
 
 _STEP = re.compile(r"^step-(\d+)$")
 
-Kind = Literal["hf", "checkpoint"]
+Kind = Literal["hf", "checkpoint", "gguf"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class StoredModel:
     """in file order; the MTP layer's repetitions of embedding and head only where the source stores (or means) them"""
     packed_as: torch.dtype | None = None
     """for a source of packed numbers, shown here in fp32: the dtype its config names for them unpacked"""
+    tokenizer_files: Mapping[str, str] = field(default_factory=dict)
+    """text by file name, for a source whose tokenizer is not in files of its own"""
 
     @property
     def copies(self) -> bool:
@@ -78,6 +82,8 @@ def find_source(path: Path) -> Source:
     """
     if not path.exists():
         raise RecipeError(f"{path}: no such model, checkpoint or run")
+    if path.suffix == ".gguf" and path.is_file():
+        return Source("gguf", path, None)
     if (path / "config.json").is_file():
         return Source("hf", path, _with_tokenizer(path))
     if (path / STATE).is_file():
@@ -92,7 +98,7 @@ def find_source(path: Path) -> Source:
             f"{_pickles(path)[0]}: pickled weights are never opened, since opening them can run code",
             hint="convert them to safetensors where they come from",
         )
-    raise DataError(f"{path}: neither a model folder, nor a checkpoint, nor a run with one of them")
+    raise DataError(f"{path}: neither a model folder, a checkpoint, a .gguf file, nor a run with one of them")
 
 
 def open_model(path: Path) -> StoredModel:
@@ -101,14 +107,24 @@ def open_model(path: Path) -> StoredModel:
     DataError names what is damaged, missing or extra.
     """
     source = find_source(path)
-    openers: dict[Kind, Callable[[Source], StoredModel]] = {"hf": _open_folder, "checkpoint": _open_checkpoint}
+    openers: dict[Kind, Callable[[Source], StoredModel]] = {
+        "hf": _open_folder,
+        "checkpoint": _open_checkpoint,
+        "gguf": _open_gguf,
+    }
     return openers[source.kind](source)
+
+
+def _open_gguf(source: Source) -> StoredModel:
+    config, tensors, tokenizer = read_gguf(source.path)
+    return StoredModel(source, config, tensors, tokenizer_files=tokenizer)
 
 
 def _open_folder(source: Source) -> StoredModel:
     path = source.path / "config.json"
     body = read_json(path, "a model folder has a config.json")
-    config = load_config(source.path, quantised=True)
+    dense = body.get("model_type") in FAMILIES
+    config = dense_config(body, path) if dense else load_config(source.path, quantised=True)
     files = open_tensors(source.path)
     description = body.get("quantization_config")
     if body.get("tensor_names") == NAMES:

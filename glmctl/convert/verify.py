@@ -38,7 +38,7 @@ class Comparison:
 def compare(
     a: Path | StoredModel, b: Path | StoredModel, *, dtype: torch.dtype | None = None, logits: bool = True
 ) -> Comparison:
-    """Compare two models, each a model folder, a checkpoint, a run, or one of them opened.
+    """Compare two models, each a model folder, a checkpoint, a GGUF file, a run, or one of them opened.
 
     Names are compared both ways, then shape, dtype and SHA-256 of every tensor, in bounded memory; the logits of
     both, unless `logits` is off, with both in memory one after the other. With `dtype`, `b` is expected to be `a`

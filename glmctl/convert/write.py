@@ -214,3 +214,5 @@ def write_checkpoint(model: StoredModel, folder: Folder, *, dtype: torch.dtype |
 def _bring_tokenizer(model: StoredModel, folder: Folder) -> None:
     if model.source.tokenizer_folder is not None:
         copy_tokenizer(model.source.tokenizer_folder, folder.path)
+    for name, text in model.tokenizer_files.items():
+        (folder.path / name).write_text(text, encoding="utf-8", newline="")

@@ -106,8 +106,11 @@ _BYTES = _byte_of_char()
 class Tokenizer:
     """Text to token ids and back. Build one with `Tokenizer.load` or `Tokenizer.train`."""
 
-    def __init__(self, backend: Any, *, where: str = "tokenizer") -> None:
-        """Wrap a `tokenizers.Tokenizer`. DataError (naming `where`) if ids have gaps or a merge makes a special."""
+    def __init__(self, backend: Any, *, where: str = "tokenizer", end: str | None = None) -> None:
+        """Wrap a `tokenizers.Tokenizer`. DataError (naming `where`) if ids have gaps or a merge makes a special.
+
+        end: a token that ends a reply beside GLM's own three, for a model that came with another chat format.
+        """
         self._full = backend
         self._spec: dict[str, Any] = json.loads(backend.to_str())
         self._ids: dict[str, int] = backend.get_vocab(with_added_tokens=True)
@@ -119,11 +122,8 @@ class Tokenizer:
         self._plain = self._without_added_tokens(where)
         self._byte_table = self._bytes_by_id()
         self.pad_id: int = self._added[END_OF_TEXT]
-        self.eos_ids: tuple[int, int, int] = (
-            self._added[END_OF_TEXT],
-            self._added[USER],
-            self._added[OBSERVATION],
-        )
+        ends = (END_OF_TEXT, USER, OBSERVATION, end)
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(self._added[t] for t in ends if t in self._added))
         self.hash: str = hashlib.sha256(backend.to_str().encode()).hexdigest()
 
     # ------------------------------------------------------------------ making one
@@ -159,7 +159,7 @@ class Tokenizer:
         # lengths and padding are the caller's business, never the file's
         backend.no_truncation()
         backend.no_padding()
-        return cls(backend, where=str(path))
+        return cls(backend, where=str(path), end=_end_token(path.with_name("tokenizer_config.json")))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, digits: int = 3) -> Tokenizer:
@@ -311,6 +311,19 @@ def _clean(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def _end_token(path: Path) -> str | None:
+    """The `eos_token` of a tokenizer_config.json, a string or an object with `content`; None when there is no such."""
+    if not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
+        return None
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON: {error}") from error
+    token = body.get("eos_token") if isinstance(body, dict) else None
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 def _check_layout(spec: Any, path: Path) -> None:

@@ -45,7 +45,7 @@ from glmctl.recipe.sections import (
     Section,
 )
 from glmctl.recipe.tasks import AlgebraTask, CodeTask, CustomTask, GymTask, InstructionsTask, ScienceTask
-from glmctl.recipe.use import ConvertRecipe, EvalRecipe, ServeRecipe
+from glmctl.recipe.use import ConvertRecipe, EvalRecipe, ServeRecipe, Upcycling
 
 __all__ = [
     "AdamWSpec",
@@ -101,6 +101,7 @@ __all__ = [
     "TokenizerRecipe",
     "ToolUseTask",
     "TrainStage",
+    "Upcycling",
     "Validation",
 ]
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from glmctl.recipe.sections import RecipeBase, Sampling
+from glmctl.recipe.sections import RecipeBase, Sampling, Section
 
 RunnerName = Literal["auto", "torch", "native", "native-bf16", "native-int8"]
 """who computes the engine's steps, and for the native ones in which format the weights are (docs/native-decoder.md)"""
@@ -41,6 +41,20 @@ class EvalRecipe(RecipeBase):
         return self
 
 
+class Upcycling(Section):
+    """Sparse upcycling: a dense model's feed-forward becomes every expert of a MoE layer."""
+
+    experts: int = Field(8, gt=1)
+    experts_per_token: int = Field(2, gt=0)
+    dense_layers: int = Field(1, ge=0, description="first layers that stay dense")
+
+    @model_validator(mode="after")
+    def _enough(self) -> Upcycling:
+        if self.experts_per_token > self.experts:
+            raise ValueError("experts_per_token exceeds experts")
+        return self
+
+
 class ConvertRecipe(RecipeBase):
     """A model in another format; what is written is read back, and small models are compared tensor by tensor."""
 
@@ -48,6 +62,7 @@ class ConvertRecipe(RecipeBase):
     source: str = Field(description="model folder, checkpoint or run")
     to: Literal["hf", "checkpoint", "gguf", "megatron"] = "hf"
     dtype: Literal["keep", "float32", "bfloat16", "float16", "q8_0", "fp8-channel", "fp8-block"] = "keep"
+    upcycle: Upcycling | None = Field(None, description="make a dense model's layers mixtures of experts")
     shard_bytes: int = Field(5_000_000_000, gt=0)
     compare_bytes: int = Field(
         2_000_000_000, ge=0, description="models up to this size are also compared tensor by tensor and by logits"
