@@ -11,6 +11,7 @@ import torch
 from glmctl import console
 from glmctl.convert.fp8 import SCALE, ErrorReport
 from glmctl.convert.gguf_export import write_gguf
+from glmctl.convert.lora import merge_lora
 from glmctl.convert.source import STATE, WEIGHTS, StoredModel, check_copies, open_model
 from glmctl.convert.upcycle import upcycle
 from glmctl.convert.verify import compare, logit_difference
@@ -37,6 +38,8 @@ def run(recipe: ConvertRecipe, run: Run) -> dict[str, Any]:
     DataError when the source is damaged, or when what was written does not equal it.
     """
     model = open_model(Path(recipe.source))
+    if recipe.adapter is not None:
+        model = merge_lora(model, Path(recipe.adapter))
     if recipe.upcycle is not None:
         model = upcycle(model, recipe.upcycle, recipe.seed)
     dtype = _DTYPES[recipe.dtype] or model.packed_as if recipe.dtype in _DTYPES else None

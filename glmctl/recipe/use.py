@@ -62,6 +62,7 @@ class ConvertRecipe(RecipeBase):
     source: str = Field(description="model folder, checkpoint or run")
     to: Literal["hf", "checkpoint", "gguf", "megatron"] = "hf"
     dtype: Literal["keep", "float32", "bfloat16", "float16", "q8_0", "fp8-channel", "fp8-block"] = "keep"
+    adapter: str | None = Field(None, description="a LoRA adapter in PEFT's layout, to be merged into the weights")
     upcycle: Upcycling | None = Field(None, description="make a dense model's layers mixtures of experts")
     shard_bytes: int = Field(5_000_000_000, gt=0)
     compare_bytes: int = Field(
