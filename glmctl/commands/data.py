@@ -14,21 +14,32 @@ import typer
 from glmctl import console
 from glmctl.cli import CommandGroup
 from glmctl.commands import _stage as stage
-from glmctl.errors import RecipeError
+from glmctl.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from glmctl.data.token_view import Row
     from glmctl.data.tokenizer import Tokenizer
-    from glmctl.recipe.schema import DataRecipe
+    from glmctl.recipe.schema import ConversationFiles, DataRecipe
 
 app = typer.Typer(cls=CommandGroup, help="Prepare text: a tokenizer, token shards, verifiable problems.", **stage.PLAIN)
 
 
-class Split(StrEnum):
-    """Parts of a prepared data set."""
+class Format(StrEnum):
+    """Formats of rows that hold a conversation."""
 
-    train = "train"
-    validation = "validation"
+    auto = "auto"
+    messages = "messages"
+    prompt_completion = "prompt_completion"
+    sharegpt = "sharegpt"
+    alpaca = "alpaca"
+
+
+class LossOn(StrEnum):
+    """Which of the assistant's messages are learnt."""
+
+    last_message = "last_message"
+    last_turn = "last_turn"
+    all_turns = "all_turns"
 
 
 class Packing(StrEnum):
@@ -56,37 +67,68 @@ def prepare(
     stage.run_stage("data", recipe, overrides, run, fresh=fresh, dry_run=dry_run)
 
 
+FormatOption = Annotated[
+    Format, typer.Option("--format", help="The rows' format; auto goes by the columns of the first.")
+]
+ConversationSplit = Annotated[str, typer.Option("--split", help="The split that is read, where there are several.")]
+
+
 @app.command()
 def inspect(
     target: Annotated[
-        Path,
-        typer.Argument(metavar="RUN", help="A finished data run, or a .jsonl of conversations.", show_default=False),
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A data run; or conversations: a file, a folder, hf:NAME.", show_default=False
+        ),
     ],
     find: Annotated[
         str | None, typer.Option("--find", metavar="TEXT", help="Show the way of documents with this in path or text.")
     ] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Most documents that --find shows.")] = 5,
     row: Annotated[int, typer.Option("--row", min=0, help="The row (or conversation) whose tokens are shown.")] = 0,
-    split: Annotated[Split, typer.Option("--split", help="The split that the row is from.")] = Split.train,
+    split: ConversationSplit = "train",
     length: Annotated[int, typer.Option("--length", min=2, help="Tokens in a row.")] = 512,
     packing: Annotated[Packing, typer.Option("--packing", help="How rows are packed.")] = Packing.concat,
     tokenizer: Annotated[
-        Path | None, typer.Option("--tokenizer", metavar="DIR", help="For conversations: the tokenizer to use.")
+        Path | None, typer.Option("--tokenizer", metavar="DIR", help="For conversations: tokenizer and template.")
     ] = None,
+    form: FormatOption = Format.auto,
+    loss_on: Annotated[LossOn, typer.Option("--loss-on", help="What of a conversation is learnt.")] = LossOn.last_turn,
 ) -> None:
-    """Show why a document was kept or dropped (--find), or a row of tokens with its loss mask and borders."""
+    """Show why a document was kept or dropped (--find), or a row: its text, tokens, loss mask and borders."""
     if find is not None:
-        _show_ways(target, find, limit)
+        _show_ways(Path(target), find, limit)
         return
     from glmctl.data import token_view
 
-    if target.is_file():
-        if tokenizer is None:
-            raise RecipeError(f"{target}: conversations need --tokenizer")
-        _show_row(*token_view.row_of_conversations(target, row, tokenizer))
-    else:
+    if (Path(target) / "recipe.yaml").is_file() or not (tokenizer or Path(target).is_file()):
         packed = token_view.PACKINGS[packing.value]
-        _show_row(*token_view.row_of_shards(_recipe(target), target, row, split.value, length, packed))
+        _show_row(*token_view.row_of_shards(_recipe(Path(target)), Path(target), row, split, length, packed))
+        return
+    if tokenizer is None:
+        raise RecipeError(f"{target}: conversations need --tokenizer")
+    source = _source(target, split, form)
+    _show_row(*token_view.row_of_conversations(source, row, tokenizer, loss_on.value))
+
+
+@app.command()
+def conversations(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SOURCE...", help="Files, datasets folders, hf:NAME.", show_default=False)
+    ],
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="FILE", help="Write the good rows as JSON lines in the one form.")
+    ] = None,
+    split: ConversationSplit = "train",
+    form: FormatOption = Format.auto,
+) -> None:
+    """Check conversations of any known format: every unusable row with its line, and counts. Exit 3 if there is one."""
+    from glmctl.data import conversation_check
+
+    counts, complaints = conversation_check.check([_source(one, split, form) for one in sources], to)
+    console.result({**counts, "complaints": complaints}, text="\n".join([*complaints, console.pairs(counts)]))
+    if counts["unusable"]:
+        raise DataError(f"{counts['unusable']} of {counts['rows']} rows are no conversations")
 
 
 @app.command()
@@ -145,6 +187,14 @@ def _show_ways(run: Path, text: str, limit: int) -> None:
     console.result(body, text=render(found) or f"no document has '{text}' in its path or text")
 
 
+def _source(given: str, split: str, form: Format) -> ConversationFiles:
+    """What the words of a command line name: a path, or a data set of the hub as hf:NAME."""
+    from glmctl.recipe.schema import ConversationFiles
+
+    path, dataset = (None, given[3:]) if given.startswith("hf:") else (given, None)
+    return ConversationFiles(path=path, dataset=dataset, split=split, format=form.value)
+
+
 def _recipe(run: Path) -> DataRecipe:
     """The recipe of a data run."""
     from glmctl.recipe.load import load
@@ -164,7 +214,10 @@ def _show_row(row: Row, tokenizer: Tokenizer) -> None:
 
     if console.is_json():
         console.result(asdict(row))
-    elif sys.stdout.isatty():
+        return
+    if isinstance(row, token_view.Talk):
+        console.out(f"── {row.place}, rendered\n{row.text}")
+    if sys.stdout.isatty():
         from rich.console import Console
 
         Console(highlight=False).print(token_view.coloured(row, tokenizer), soft_wrap=True)

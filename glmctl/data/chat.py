@@ -15,18 +15,18 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import jinja2
 
+from glmctl.data.messages import Message, settled
 from glmctl.data.sandbox import MARK_END, MARK_START, compile_template
 from glmctl.data.template_source import exported_template, training_template
 from glmctl.data.template_worker import ForeignTemplate
 from glmctl.data.tokenizer import NOTHINK, OBSERVATION, USER, Tokenizer
 from glmctl.errors import DataError
 
-Message = Mapping[str, Any]
-LossOn = Literal["last_turn", "all_turns"]
+LossOn = Literal["last_message", "last_turn", "all_turns"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class ChatTemplate:
 
         DataError for an unknown role, a content part that is not text, or arguments that are not an object.
         """
-        context = _context(_settled(messages), tools, add_generation_prompt, enable_thinking)
+        context = _context(settled(messages), tools, add_generation_prompt, enable_thinking)
         return self._run({**context, MARK_START: "", MARK_END: ""})
 
     # ------------------------------------------------------------------ tokens
@@ -117,21 +117,36 @@ class ChatTemplate:
         roles = (self.tokenizer.id(USER), self.tokenizer.id(OBSERVATION))
         return alone[next(at for at, token in enumerate(alone) if token in roles) :]
 
+    def encode_whole(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        enable_thinking: bool = True,
+    ) -> list[int]:
+        """Token ids of a whole conversation; one that ends in an assistant turn has its closing role token too."""
+        return self._closed(messages, self._encode(messages, tools, False, enable_thinking)[0])
+
     def encode_training(
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         enable_thinking: bool = True,
-        loss_on: LossOn = "last_turn",
+        last_message: bool = False,
     ) -> Encoded:
-        """Token ids and loss mask of a whole conversation.
+        """Token ids and loss mask of a conversation whose last turn is to be learnt.
 
-        The loss is on assistant turns after the last user message (the whole tool loop), or on all of them; each
-        with its closing role token, which is appended when the conversation ends in an assistant turn. What
-        inference gives the model is not learnt: the role token that opens a turn, and the empty think block of a
-        `/nothink` turn or of a turn whose reasoning a later user message dropped.
-        DataError when no assistant turn is left to learn from, or a trained `/nothink` turn carries reasoning.
+        The loss is on the assistant messages after the last user message (the whole tool loop; with `last_message`
+        the last of them), but for those that carry `"weight": 0` (OpenAI's key); each with its closing role token,
+        which is appended when the conversation ends in an assistant message. What inference gives the model is not
+        learnt: the role token that opens a turn, and the empty think block of a `/nothink` turn.
+
+        Up to each message that is learnt, the tokens are those of `encode_prompt`: a law of our template, and
+        checked for a foreign one.
+
+        DataError when there is nothing to learn, a learnt `/nothink` turn carries reasoning, or the template does
+        not mark what the model writes, or writes it otherwise than for inference.
         """
         if self._foreign is not None and not self._foreign.marked:
             raise DataError(
@@ -140,28 +155,90 @@ class ChatTemplate:
             )
         turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
         last_user = max((at for at, message in enumerate(messages) if message["role"] == "user"), default=-1)
-        learnt = [at for at in turns if loss_on == "all_turns" or at > last_user]
-        if not learnt:
+        current = [at for at in turns if at > last_user]
+        if not current:
             raise DataError("the conversation has no assistant turn after its last user message")
-        settled = _settled(messages, split_reasoning=True)
-        if not enable_thinking and any(
-            at > last_user and str(settled[at].get("reasoning_content") or "").strip() for at in learnt
-        ):
+        learnt = [at for at in (current[-1:] if last_message else current) if messages[at].get("weight", 1)]
+        if not learnt:
+            raise DataError("every assistant message to learn from has weight 0")
+        whole = settled(messages, split_reasoning=True)
+        if not enable_thinking and any(str(whole[at].get("reasoning_content") or "").strip() for at in learnt):
             raise DataError("enable_thinking is false, but an assistant turn to learn from has reasoning")
 
-        tokens, spans = self._encode(settled, tools, False, enable_thinking)
+        tokens, spans = self._encode(whole, tools, False, enable_thinking)
         if len(spans) != len(turns):
             raise DataError(f"{self._where}: {len(spans)} generation marks for {len(turns)} assistant turns")
-        if messages[-1]["role"] == "assistant":
-            tokens.append(self.tokenizer.id(closes(messages[-1])))
-        mask = [0] * len(tokens)
+        tokens = self._closed(messages, tokens)
+        mask, written = [0] * len(tokens), 0
         for at, (start, stop) in zip(turns, spans, strict=True):
-            if at in learnt:
-                closed = stop < len(tokens) and tokens[stop] == self.tokenizer.id(closes(messages[at]))
-                mask[start : stop + closed] = [1] * (stop + closed - start)
+            if at not in learnt:
+                continue
+            if self._foreign is not None:
+                start = max(start, self._prompt_length(whole[:at], tools, enable_thinking, tokens))
+            closed = stop < len(tokens) and tokens[stop] == self.tokenizer.id(closes(messages[at]))
+            written += max(stop - start, 0)
+            mask[start : stop + closed] = [1] * (stop + closed - start)
+        if self._foreign is not None and not written:
+            raise DataError(f"{self._where}: the {{% generation %}} marks hold nothing that the model writes")
         return Encoded(tokens, mask)
 
+    def encode_examples(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        enable_thinking: bool = True,
+        loss_on: LossOn = "last_turn",
+    ) -> list[Encoded]:
+        """What to train on so that the messages `loss_on` names are learnt exactly as inference would meet them.
+
+        "last_message" and "last_turn" give one example (see `encode_training`). With "all_turns", each turn is
+        learnt in the conversation up to its end, where its reasoning still stands: a later user message drops that
+        from what the model sees, so a conversation with reasoning in earlier turns becomes several examples. Turns
+        that read the same later (no reasoning) share one. DataError as for `encode_training`.
+        """
+        if loss_on != "all_turns":
+            last = loss_on == "last_message"
+            return [self.encode_training(messages, tools, enable_thinking=enable_thinking, last_message=last)]
+        ends = _turn_ends(messages)
+        if not ends:
+            raise DataError("the conversation has no assistant message to learn from")
+        examples: list[Encoded] = []
+        for end in ends:
+            example = self.encode_training(messages[:end], tools, enable_thinking=enable_thinking)
+            before = examples[-1] if examples else Encoded([], [])
+            if examples and example.tokens[: len(before.tokens)] == before.tokens:
+                known = len(before.tokens)
+                joined = [max(pair) for pair in zip(before.loss_mask, example.loss_mask[:known], strict=True)]
+                examples[-1] = Encoded(example.tokens, joined + example.loss_mask[known:])
+            else:
+                examples.append(example)
+        return examples
+
     # ------------------------------------------------------------------ inside
+
+    def _closed(self, messages: Sequence[Message], tokens: list[int]) -> list[int]:
+        """`tokens` with the role token that the last message, if it is the assistant's, ends in."""
+        if messages and messages[-1]["role"] == "assistant":
+            tokens.append(self.tokenizer.id(closes(messages[-1])))
+        return tokens
+
+    def _prompt_length(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        thinking: bool,
+        tokens: list[int],
+    ) -> int:
+        """How many of `tokens` inference gives before the assistant writes. DataError when it gives others."""
+        prompt = self._encode(messages, tools, True, thinking)[0]
+        if tokens[: len(prompt)] != prompt:
+            raise DataError(
+                f"{self._where}: the template writes the conversation before messages[{len(messages)}] otherwise for "
+                "training than for inference",
+                hint="remove the file to train with glmctl's own GLM-4.5 template",
+            )
+        return len(prompt)
 
     def _encode(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, prompt: bool, thinking: bool
@@ -172,11 +249,11 @@ class ChatTemplate:
         prompt's exactly.
         """
         try:
-            settled = _settled(messages, split_reasoning=True)
-            names = self._stand_ins(settled, tools)
+            whole = settled(messages, split_reasoning=True)
+            names = self._stand_ins(whole, tools)
             start, end = names.pop(), names.pop()
             hide = dict(zip(self._added, names, strict=True))
-            context = _context(self._hidden(settled, hide), _hide(tools, self._special, hide), prompt, thinking)
+            context = _context(self._hidden(whole, hide), _hide(tools, self._special, hide), prompt, thinking)
         except RecursionError as error:
             raise DataError("the conversation is nested too deeply") from error
         text = self._run({**context, MARK_START: start, MARK_END: end})
@@ -234,9 +311,23 @@ def render_text(
     messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, *, enable_thinking: bool = True
 ) -> str:
     """A whole conversation as text, by glmctl's own template; needs no tokenizer. DataError as for `render`."""
-    context = _context(_settled(messages), tools, False, enable_thinking)
+    context = _context(settled(messages), tools, False, enable_thinking)
     text = _render_ours({**context, MARK_START: "", MARK_END: ""}, "chat template")
     return text + (closes(messages[-1]) if messages and messages[-1]["role"] == "assistant" else "")
+
+
+def _turn_ends(messages: Sequence[Message]) -> list[int]:
+    """For every user message (and the beginning) that the assistant answers with something to learn: the place just
+    behind its last answer before the next user message."""
+    ends: list[int] = []
+    end, learnt = 0, False
+    for at, message in enumerate([*messages, {"role": "user"}]):
+        if message["role"] == "user":
+            ends += [end] if learnt else []
+            learnt = False
+        elif message["role"] == "assistant":
+            end, learnt = at + 1, learnt or bool(message.get("weight", 1))
+    return ends
 
 
 def _render_ours(context: dict[str, Any], where: str) -> str:
@@ -264,63 +355,3 @@ def _hide(value: Any, special: re.Pattern[str], hide: dict[str, str]) -> Any:
     if isinstance(value, list | tuple):
         return [_hide(item, special, hide) for item in value]
     return value
-
-
-def _settled(messages: Sequence[Message], *, split_reasoning: bool = False) -> list[dict[str, Any]]:
-    """Messages as the template wants them: arguments as objects, reasoning under `reasoning_content`.
-
-    With `split_reasoning`, reasoning that an assistant content carries before `</think>` is moved out of it by
-    the template's own rule (encoding hides tags inside contents, so the template could not find it).
-    """
-    settled = []
-    for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise DataError("a message must be an object with a 'role'")
-        copy = dict(message)
-        if "reasoning" in copy and not isinstance(copy.get("reasoning_content"), str):
-            copy["reasoning_content"] = copy["reasoning"]
-        if copy.get("tool_calls"):
-            copy["tool_calls"] = [_settled_call(call) for call in copy["tool_calls"]]
-        elif "tool_calls" in copy:
-            del copy["tool_calls"]
-        if split_reasoning and copy["role"] == "assistant" and not isinstance(copy.get("reasoning_content"), str):
-            text = text_of(copy.get("content"))
-            if "</think>" in text:
-                before, after = text.split("</think>", 1)
-                copy["reasoning_content"], copy["content"] = before.split("<think>")[-1], after
-        settled.append(copy)
-    return settled
-
-
-def text_of(content: Any) -> str:
-    """The text of a message content: a string, a list of text parts, or None. DataError for anything else."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list | tuple):
-        parts = [part["text"] if isinstance(part, Mapping) and part.get("type") == "text" else part for part in content]
-        if all(isinstance(part, str) for part in parts):
-            return "".join(parts)
-        raise DataError("message content may hold text parts only")
-    raise DataError("message content must be a string or a list of text parts")
-
-
-def _settled_call(call: Any) -> dict[str, Any]:
-    if not isinstance(call, Mapping):
-        raise DataError("a tool call must be an object")
-    function = call.get("function", call)
-    name = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(name, str):
-        raise DataError("a tool call needs a function name")
-    arguments = function.get("arguments")
-    if arguments is None or arguments == "":
-        arguments = {}
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"arguments of {name}: not JSON: {error}") from error
-    if not isinstance(arguments, Mapping):
-        raise DataError(f"arguments of {name}: must be a JSON object, not {type(arguments).__name__}")
-    return {**call, "function": {**cast(Mapping[str, Any], function), "arguments": dict(arguments)}}

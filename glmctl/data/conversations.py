@@ -1,7 +1,8 @@
-"""Conversations as JSON lines: {"messages": [...], "tools": [...], "enable_thinking": true}.
+"""Conversations: {"messages": [...], "tools": [...], "enable_thinking": true}, the one form inside the house.
 
-Messages have OpenAI's shape. An assistant message may carry `reasoning_content`; the arguments of a tool call are an
-object or its JSON text. Keys that are not known here (an id, say) are passed over.
+Messages have OpenAI's shape. An assistant message may carry `reasoning_content`, and `weight` 0 when it is not to be
+learnt; the arguments of a tool call are an object or its JSON text. Keys that are not known here (an id, say) are
+passed over. Files may hold other shapes, see `shapes`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glmctl.data.chat import text_of
-from glmctl.data.reading import numbered_lines, open_maybe_packed
-from glmctl.errors import DataError, RecipeError
+from glmctl import console
+from glmctl.data.messages import text_of
+from glmctl.data.reading import BadRows
+from glmctl.data.records import records
+from glmctl.data.shapes import convert, detect
+from glmctl.errors import DataError
+from glmctl.recipe.schema import ConversationFiles
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -35,29 +40,62 @@ class Conversation:
         return row | {"enable_thinking": self.enable_thinking}
 
 
-def read_conversations(paths: Sequence[str | Path]) -> list[Conversation]:
-    """All conversations of JSON lines files (optionally .gz), in order.
+def conversations(source: ConversationFiles) -> Iterator[tuple[str, Conversation | DataError]]:
+    """(place, conversation) of every row of `source`; for a row that is none, the DataError that says why.
 
-    RecipeError for a missing file; DataError "file:line: what" for the first line that is not a conversation.
+    The format "auto" is that of the first readable row. Errors of the source as a whole are raised as by `records`.
     """
-    return [conversation for path in paths for conversation in _read(Path(path))]
+    shape = None if source.format == "auto" else source.format
+    for place, row in records(source):
+        try:
+            if isinstance(row, DataError):
+                raise row
+            if not isinstance(row, dict):
+                raise DataError("not an object")
+            shape = shape or detect(row)
+            found: Conversation | DataError = conversation_of(convert(row, shape))
+        except DataError as error:
+            found = error
+        yield place, found
 
 
-def _read(path: Path) -> Iterator[Conversation]:
-    if not path.is_file():
-        raise RecipeError(f"{path}: no such file")
-    with open_maybe_packed(path) as stream:
-        for number, line in numbered_lines(stream):
-            if line is not None and not line.strip():
-                continue
-            try:
-                if line is None:
-                    raise DataError("the line is longer than 16 MB")
-                yield conversation_of(json.loads(line.decode("utf-8")))
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}:{number}: not JSON: {error}") from error
-            except DataError as error:
-                raise DataError(f"{path}:{number}: {error.message}") from error
+def read_conversations(
+    sources: Sequence[str | Path | ConversationFiles], *, bad_rows: float = 0.0
+) -> list[Conversation]:
+    """All conversations of `sources` (a string is a path), in order; rows that are none are left out and counted.
+
+    RecipeError for a path of nothing; DataError, with counts and the first places, when more than the share
+    `bad_rows` of a source's rows are no conversations, or all of them.
+    """
+    found: list[Conversation] = []
+    for source in map(source_of, sources):
+        rows, kept, bad = 0, len(found), BadRows(limit=bad_rows)
+        for place, row in conversations(source):
+            rows += 1
+            if isinstance(row, DataError):
+                bad.add(row.message, place)
+            else:
+                found.append(row)
+        if bad.total > bad_rows * rows or (bad.total and len(found) == kept):
+            hint = f"`glmctl data conversations {source.name}` lists them all"
+            raise DataError(complaint(bad, rows), hint=hint)
+        if bad.total:
+            console.warn(f"left out: {complaint(bad, rows)}")
+    return found
+
+
+def complaint(bad: BadRows, rows: int) -> str:
+    """One line: the first place and what is wrong there, then the other kinds with their counts."""
+    (kind, places), *others = bad.places.items()
+    shown = [f"{places[0]}: {kind}"]
+    shown += [f"{bad.kinds[other]} x {other} (first: {at[0]})" for other, at in others[:3]]
+    more = f", {len(others) - 3} more kinds" if len(others) > 3 else ""
+    return f"{'; '.join(shown)}{more}; {bad.total} of {rows} rows are no conversations"
+
+
+def source_of(given: str | Path | ConversationFiles) -> ConversationFiles:
+    """The source that a recipe's entry means."""
+    return ConversationFiles(path=str(given)) if isinstance(given, str | Path) else given
 
 
 def conversation_of(row: Any) -> Conversation:
@@ -78,6 +116,8 @@ def conversation_of(row: Any) -> Conversation:
             raise DataError(f"messages[{at}]: {error.message}") from error
     if messages[-1]["role"] != "assistant":
         raise DataError("the last message must be the assistant's")
+    if all(message.get("weight", 1) == 0 for message in messages if message["role"] == "assistant"):
+        raise DataError("every assistant message has weight 0, so there is nothing to learn")
     last_user = max((at for at, message in enumerate(messages) if message["role"] == "user"), default=-1)
     if not thinking and any(str(m.get("reasoning_content") or "").strip() for m in messages[last_user + 1 :]):
         raise DataError("enable_thinking is false, but the last turn has reasoning_content")
@@ -98,6 +138,8 @@ def _check_message(message: Any) -> None:
     reasoning = message.get("reasoning_content")
     if reasoning is not None and not isinstance(reasoning, str):
         raise DataError("'reasoning_content' must be text")
+    if message.get("weight", 1) not in (0, 1):
+        raise DataError("'weight' must be 0 or 1")
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list):
         raise DataError("'tool_calls' must be a list")

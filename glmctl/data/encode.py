@@ -133,9 +133,7 @@ def _hash(purpose: bytes, document: Document) -> bytes:
 
 def _talk_tokens(talk: Conversation, template: ChatTemplate) -> list[int]:
     """A conversation's tokens; mid-training learns all of them, as it learns any text."""
-    return template.encode_training(
-        talk.messages, talk.tools, enable_thinking=talk.enable_thinking, loss_on="all_turns"
-    ).tokens
+    return template.encode_whole(talk.messages, talk.tools, enable_thinking=talk.enable_thinking)
 
 
 def _parts(document: Document, split: str, recipe: DataRecipe) -> list[fim.Part]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -166,3 +167,51 @@ def numbered_lines(stream: BinaryIO, first: int = 1) -> Iterator[tuple[int, byte
         while line and not line.endswith(b"\n"):
             line = stream.readline(MAX_ROW_BYTES)
         yield number, None
+
+
+def json_row(line: bytes | None, place: str, bad: BadRows) -> dict[str, Any] | None:
+    """The JSON object of a line; None for an empty line, or a bad row (a line of None is one that was too long)."""
+    if line is None:
+        bad.add("too long", place)
+        return None
+    if not line.strip():
+        return None
+    text = decoded(line, place, bad)
+    if text is None:
+        return None
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        bad.add("not JSON", place)
+        return None
+    if not isinstance(row, dict):
+        bad.add("not an object", place)
+        return None
+    return row
+
+
+def parquet_rows(
+    path: Path, *, columns: Sequence[str] | None = None, group: int | None = None, first: int = 1
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(`path:row`, row) of a Parquet file, or of its row group `group`, whose first row has the number `first`.
+
+    DataError when the file is damaged or lacks one of `columns` (None: all of them).
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            missing = [name for name in columns or () if name not in file.schema_arrow.names]
+            if missing:
+                raise DataError(f"{path}: no column '{missing[0]}'; one of: {', '.join(file.schema_arrow.names[:12])}")
+            groups = None if group is None else [group]
+            number = first
+            for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=columns):
+                for row in batch.to_pylist():
+                    yield f"{path}:{number}", row
+                    number += 1
+    except FileNotFoundError as error:
+        raise RecipeError(f"{path}: no such file") from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: damaged Parquet file: {error}") from error

@@ -18,7 +18,7 @@ from glmctl.data import history, hub, repository
 from glmctl.data.chat import render_text
 from glmctl.data.conversations import Conversation, conversation_of
 from glmctl.data.language import programming_language
-from glmctl.data.reading import BadRows, decoded, numbered_lines, open_maybe_packed
+from glmctl.data.reading import BadRows, decoded, json_row, numbered_lines, open_maybe_packed, parquet_rows
 from glmctl.data.units import Span, Unit, plan, tree_root
 from glmctl.errors import DataError
 
@@ -183,33 +183,13 @@ def _rows(
         yield from hub.rows(source)
         return
     if source.type == "parquet":
-        yield from _parquet_rows(span, source)
+        wanted = [name for name in (source.field, source.language_field) if name is not None]
+        yield from parquet_rows(Path(span.path), columns=wanted, group=span.start, first=span.first)
         return
     for place, line in _lines(span):
-        row = _json_row(line, place, bad)
+        row = json_row(line, place, bad)
         if row is not None:
             yield place, row
-
-
-def _parquet_rows(span: Span, source: ParquetSource) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    wanted = [name for name in (source.field, source.language_field) if name is not None]
-    try:
-        with pq.ParquetFile(span.path) as file:
-            missing = [name for name in wanted if name not in file.schema_arrow.names]
-            if missing:
-                raise DataError(
-                    f"{span.path}: no column '{missing[0]}'; one of: {', '.join(file.schema_arrow.names[:12])}"
-                )
-            number = span.first
-            for batch in file.iter_batches(batch_size=256, row_groups=[span.start], columns=wanted):
-                for row in batch.to_pylist():
-                    yield f"{span.path}:{number}", row
-                    number += 1
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{span.path}: damaged Parquet file: {error}") from error
 
 
 def _row_documents(
@@ -227,7 +207,7 @@ def _row_documents(
 
 
 def _talk(line: bytes | None, domain: str, place: str, bad: BadRows) -> Iterator[Document]:
-    row = _json_row(line, place, bad)
+    row = json_row(line, place, bad)
     if row is None:
         return
     try:
@@ -237,27 +217,6 @@ def _talk(line: bytes | None, domain: str, place: str, bad: BadRows) -> Iterator
         bad.add(f"not a conversation ({error.message})", place)
         return
     yield Document(text, domain, place, conversation=talk)
-
-
-def _json_row(line: bytes | None, place: str, bad: BadRows) -> dict[str, Any] | None:
-    """The JSON object of a line; None for an empty line, or a bad row."""
-    if line is None:
-        bad.add("too long", place)
-        return None
-    if not line.strip():
-        return None
-    text = decoded(line, place, bad)
-    if text is None:
-        return None
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError):
-        bad.add("not JSON", place)
-        return None
-    if not isinstance(row, dict):
-        bad.add("not an object", place)
-        return None
-    return row
 
 
 def _row_text(row: dict[str, Any], name: str, place: str, bad: BadRows) -> str | None:
@@ -298,7 +257,7 @@ def _read_history(unit: Unit, source: RepositoryHistory, bad: BadRows) -> Iterat
     records = []
     for span in unit.spans:
         for place, line in _lines(span):
-            row = _json_row(line, place, bad)
+            row = json_row(line, place, bad)
             if row is None:
                 continue
             try:

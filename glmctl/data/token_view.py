@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from glmctl.data.batches import IGNORE, Batch, PretrainBatches
-from glmctl.data.chat import ChatTemplate
-from glmctl.data.conversations import read_conversations
+from glmctl.data.chat import ChatTemplate, LossOn
+from glmctl.data.conversations import conversations
 from glmctl.data.shards import TokenShards
 from glmctl.data.tokenizer import Tokenizer
-from glmctl.errors import RecipeError
+from glmctl.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
-    from glmctl.recipe.schema import DataRecipe
+    from glmctl.recipe.schema import ConversationFiles, DataRecipe
 
 PACKINGS: dict[str, Literal["concat", "best_fit"]] = {"concat": "concat", "best_fit": "best_fit"}
 
@@ -56,16 +56,44 @@ def row_of_shards(
     return row_of(PretrainBatches(shards, length, packing, seed=recipe.seed).batch(row, 1)), tokenizer
 
 
-def row_of_conversations(path: Path, row: int, tokenizer: Path) -> tuple[Row, Tokenizer]:
-    """Conversation `row` of a JSON lines file as SFT would learn it. RecipeError when there are not so many."""
-    loaded = Tokenizer.load(tokenizer)
-    talks = read_conversations([path])
-    if row >= len(talks):
-        raise RecipeError(f"{path}: --row {row}, but it has {len(talks)} conversations")
-    talk = talks[row]
-    encoded = ChatTemplate(loaded).encode_training(talk.messages, talk.tools, enable_thinking=talk.enable_thinking)
-    count = len(encoded.tokens)
-    return Row(encoded.tokens, [0] * count, list(range(count)), [bool(mask) for mask in encoded.loss_mask]), loaded
+@dataclass(frozen=True)
+class Talk(Row):
+    """A conversation as SFT learns it: each example of it (`ChatTemplate.encode_examples`) is a document of the row."""
+
+    place: str
+    """`file:line` (or `name:row`) it was read from"""
+    text: str
+    """rendered, without what closes the last turn"""
+
+
+def row_of_conversations(source: ConversationFiles, row: int, folder: Path, loss_on: LossOn) -> tuple[Talk, Tokenizer]:
+    """Row `row` (from 0) of `source` as SFT would learn it, by tokenizer and template of `folder`.
+
+    RecipeError when there are not so many rows; DataError when that row is no conversation, or teaches nothing.
+    """
+    template = ChatTemplate.load(folder)
+    count = 0
+    for count, (place, talk) in enumerate(conversations(source), start=1):
+        if count <= row:
+            continue
+        if isinstance(talk, DataError):
+            raise DataError(f"{place}: {talk.message}")
+        thinking = talk.enable_thinking
+        try:
+            made = template.encode_examples(talk.messages, talk.tools, enable_thinking=thinking, loss_on=loss_on)
+        except DataError as error:
+            raise DataError(f"{place}: {error.message}", hint=error.hint) from error
+        shown = Talk(
+            tokens=[token for one in made for token in one.tokens],
+            documents=[number for number, one in enumerate(made) for _ in one.tokens],
+            positions=[position for one in made for position in range(len(one.tokens))],
+            # the first token of an example is nobody's target
+            learnt=[at > 0 and bool(mask) for one in made for at, mask in enumerate(one.loss_mask)],
+            place=place,
+            text=template.render(talk.messages, talk.tools, enable_thinking=thinking),
+        )
+        return shown, template.tokenizer
+    raise RecipeError(f"{source.name}: --row {row}, but it has {count} rows")
 
 
 def plain(row: Row, tokenizer: Tokenizer) -> str:

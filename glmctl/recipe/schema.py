@@ -30,7 +30,7 @@ from glmctl.recipe.data import (
     TokenizerRecipe,
     ToolUseTask,
 )
-from glmctl.recipe.finetune import DistillRecipe, SftRecipe, Teacher
+from glmctl.recipe.finetune import ConversationFiles, DistillRecipe, SftRecipe, Teacher
 from glmctl.recipe.pretrain import Balance, BatchRamp, MtpLoss, PretrainRecipe, TrainStage, Validation
 from glmctl.recipe.rl import GrpoSpec, GspoSpec, OverlongPenalty, PolicySpec, RlRecipe, SandboxLevel, SandboxSpec
 from glmctl.recipe.sections import (
@@ -56,6 +56,7 @@ __all__ = [
     "BundledText",
     "CheckpointPolicy",
     "CodeTask",
+    "ConversationFiles",
     "ConversationsSource",
     "ConvertRecipe",
     "CustomTask",

@@ -78,7 +78,9 @@ class Finetuning(RecipeBase):
     batch_tokens: int = Field(8192, gt=0)
     micro_tokens: int | None = Field(None, gt=0, description="most tokens in one forward pass; null = the whole batch")
     sequence_length: int = Field(512, gt=1)
-    loss_on: Literal["last_turn", "all_turns"] = "last_turn"
+    loss_on: Literal["last_message", "last_turn", "all_turns"] = Field(
+        "last_turn", description="all_turns: each as inference meets it, with the reasoning that later turns drop"
+    )
     optimizer: Optimizer = MuonSpec()
     schedule: Schedule = Schedule(peak_lr=1e-4, final_lr=1e-5, warmup_fraction=0.05)
     mtp_weight: float = Field(0.1, ge=0.0)

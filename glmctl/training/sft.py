@@ -13,7 +13,7 @@ import torch
 
 from glmctl import console
 from glmctl.data.batches import SftBatches
-from glmctl.data.chat import ChatTemplate, Encoded
+from glmctl.data.chat import ChatTemplate, Encoded, LossOn
 from glmctl.data.conversations import Conversation, read_conversations
 from glmctl.errors import DataError, RecipeError
 from glmctl.model.folder import load_model
@@ -63,7 +63,7 @@ def run(recipe: SftRecipe, run: Run) -> dict[str, Any]:
     """Fine-tune `recipe.model` on the conversations of `recipe.data` and export it. Summary: see `finetune`."""
     folder = resolve_model(recipe.model)
     model = load_model(folder, dtype=torch.float32)
-    conversations = read_conversations(recipe.data)
+    conversations = read_conversations(recipe.data, bad_rows=recipe.bad_rows)
     return finetune(model, conversations, ChatTemplate.load(folder), recipe, run, folder, loss_on=recipe.loss_on)
 
 
@@ -75,13 +75,13 @@ def finetune(
     run: Run,
     tokenizer_folder: Path,
     *,
-    loss_on: Literal["last_turn", "all_turns"] = "last_turn",
+    loss_on: LossOn = "last_turn",
 ) -> dict[str, Any]:
     """Train `model` (fp32) in place on `conversations` for `settings.steps` steps, resuming, and publish run.export.
 
     A step's loss is the mean over its trained tokens in nats. Summary: `loss` (mean over the last tenth of the
-    steps), `loss_first`, `loss_last`, `mtp_loss`, `steps`, `conversations`, `dropped` (longer than a row),
-    `trained_tokens`, `tokens_per_second`.
+    steps), `loss_first`, `loss_last`, `mtp_loss`, `steps`, `conversations`, `examples` (more than conversations when
+    all turns are learnt), `dropped` (examples longer than a row), `trained_tokens`, `tokens_per_second`.
 
     Raises:
         DataError: a conversation has nothing to learn, or none fits in a row; the conversation is named.
@@ -128,25 +128,28 @@ def finetune(
             session.end_step(step, settings.steps, stop)
             progress.advance(loss=metrics.loss)
     session.export(tokenizer_folder)
-    return {**_summary(run.metrics.rows()), "conversations": len(conversations), "dropped": batches.dropped}
+    counts = {"conversations": len(conversations), "examples": len(encoded), "dropped": batches.dropped}
+    return {**_summary(run.metrics.rows()), **counts}
 
 
-def encode(
-    conversations: Sequence[Conversation], template: ChatTemplate, loss_on: Literal["last_turn", "all_turns"]
-) -> list[Encoded]:
-    """Tokens and loss mask of every conversation. DataError names the first (1-based) with nothing to learn."""
-    encoded = []
+def encode(conversations: Sequence[Conversation], template: ChatTemplate, loss_on: LossOn) -> list[Encoded]:
+    """Tokens and loss mask of every example that the conversations give (`ChatTemplate.encode_examples`), in order.
+
+    DataError names the first conversation (1-based) with nothing to learn.
+    """
+    encoded: list[Encoded] = []
     for number, one in enumerate(conversations, start=1):
         try:
-            item = template.encode_training(
+            made = template.encode_examples(
                 one.messages, one.tools, enable_thinking=one.enable_thinking, loss_on=loss_on
             )
             # the first token is nobody's target
-            if not any(item.loss_mask[1:]):
+            if not all(any(example.loss_mask[1:]) for example in made):
                 raise DataError("no token to learn")
         except DataError as error:
-            raise DataError(f"conversation {number} of {len(conversations)}: {error.message}") from error
-        encoded.append(item)
+            message = f"conversation {number} of {len(conversations)}: {error.message}"
+            raise DataError(message, hint=error.hint) from error
+        encoded += made
     return encoded
 
 

@@ -74,8 +74,41 @@ def test_a_life_of_a_data_set(
     assert "answer" in text
     assert "q" not in text
 
+    assert learnt["text"].endswith("\nanswer")
+
     said("stats", "nowhere", code=2)
+    said("inspect", "runs/d", "--split", "nowhere", code=2)
+    said("inspect", "talk.jsonl", code=2)
+    said("inspect", "talk.jsonl", "--tokenizer", "tokenizer", "--row", "1", code=2)
     said("inspect", "nowhere", "--find", "x", code=2)
+
+
+def test_conversations_of_any_format_are_checked_written_and_shown(
+    tmp_path: Path, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_tokenizer.save(tmp_path / "tokenizer")
+    good = [
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": f"<think>why</think>a{i}"}] * 2}
+        for i in range(2)
+    ]
+    Path("talks.json").write_text("[\n" + ",\n".join(map(json.dumps, [*good, {"conversations": []}])) + "\n]")
+    assert main(["data", "conversations", "talks.json", "--to", "one.jsonl"]) == 3
+    said = capsys.readouterr()
+    assert "talks.json:4: 'conversations' must be a non-empty list\n" in said.out
+    assert "1 of 3 rows" in said.err
+    assert main(["data", "conversations", "one.jsonl", "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert (counts["conversations"], counts["turns"], counts["with_reasoning"]) == (2, 4, 2)
+    shown = {}
+    for name in ("talks.json", "one.jsonl"):
+        words = ["data", "inspect", name, "--tokenizer", "tokenizer", "--row", "1", "--loss-on", "all_turns"]
+        assert main(words) == 0
+        shown[name] = capsys.readouterr().out.split("\n", 1)[1]
+    assert shown["talks.json"] == shown["one.jsonl"]
+    # each turn of a thinker is an example of its own: as inference met it, before its reasoning was dropped
+    assert shown["talks.json"].count("── document") == 2
+    assert main(["data", "inspect", "talks.json", "--tokenizer", "tokenizer", "--row", "2"]) == 3
 
 
 def test_a_hub_source_without_a_network_exits_4(cli: Cli, tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:

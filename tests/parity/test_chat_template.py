@@ -150,18 +150,18 @@ def test_prompt_ids_equal_transformers(name: str, tiny_tokenizer: Tokenizer, the
 
 
 def test_transformers_reads_the_same_loss_mask_from_the_marks(tiny_tokenizer: Tokenizer, theirs: Any) -> None:
-    """transformers has a `generation` tag too; its mask is ours over all turns less the closing role tokens.
+    """transformers has a `generation` tag too; its mask is ours less the closing role tokens.
 
     (A turn that ends in a character of several tokens is left out: transformers loses that character's last bytes.)
     """
     ours = ChatTemplate(tiny_tokenizer)
     closers = {tiny_tokenizer.id("<|user|>"), tiny_tokenizer.id("<|observation|>")}
-    for name in ("one call", "whole tool loop", "reasoning of a past turn is dropped", "parallel results"):
+    for name in ("one call", "whole tool loop", "long tool loop keeps reasoning", "parallel results"):
         messages = CONVERSATIONS[name]
         answer = theirs.apply_chat_template(
             messages, chat_template=training_template(), return_dict=True, return_assistant_tokens_mask=True
         )
-        encoded = ours.encode_training(messages, loss_on="all_turns")
+        encoded = ours.encode_training(messages)
         mask = [m if t not in closers else 0 for t, m in zip(encoded.tokens, encoded.loss_mask, strict=True)]
         assert answer["input_ids"] == encoded.tokens[:-1]
         assert answer["assistant_masks"] == mask[:-1]

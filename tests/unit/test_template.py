@@ -161,11 +161,6 @@ def test_a_conversation_that_ends_in_a_call_closes_with_observation(template: Ch
     assert closes(LOOP[3]) == "<|user|>"
 
 
-def test_all_turns_learns_each_turn_but_not_the_think_block_that_was_emptied(template: ChatTemplate) -> None:
-    messages = [user("a"), says("b", "r"), user("c"), says("d", "s")]
-    assert learnt(template, messages, loss_on="all_turns") == "\nb<|user|>|\n<think>s</think>\nd<|user|>"
-
-
 def test_an_answer_without_reasoning_learns_the_empty_think_block(template: ChatTemplate) -> None:
     assert learnt(template, [user("a"), says("b")]) == "\n<think></think>\nb<|user|>"
 
