@@ -2,9 +2,9 @@
 
     python -m benchmarks.convert --gigabytes 20 --folder /tmp/convert-benchmark
 
-A synthetic GLM-4.5-shaped folder (bf16, 5 GB shards) is written, copied with `cp` and a flush (the yardstick), then
-converted by the real command in a process of its own, folder -> checkpoint -> folder. Pages of the source are dropped
-from the cache before each measurement. Prints JSON; everything is removed at the end.
+A synthetic GLM-4.5-shaped folder (bf16, 5 GB shards, at least 5.8 GB) is written, copied with `cp` and a flush (the
+yardstick), then converted by the real command in a process of its own, folder -> checkpoint -> folder. Pages of the
+source are dropped from the cache before each measurement. Prints JSON; everything is removed at the end.
 """
 
 from __future__ import annotations

@@ -101,6 +101,11 @@ class ErrorReport:
     squared: dict[str, float] = field(default_factory=dict)
     worst: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def figures(self) -> dict[str, dict[str, float]]:
+        """All of it, by name; changing it changes the report."""
+        return {"squared_error": self.squared_error, "squared": self.squared, "worst": self.worst}
+
     def add(self, kind: str, exact: Tensor, rounded: Tensor) -> None:
         """Count some rows of one matrix, both in fp32."""
         error = exact - rounded

@@ -63,6 +63,8 @@ def write_gguf(model: StoredModel, folder: Folder, dtype: str) -> None:
         writer.write_ti_data_to_file()
         writer.close()
         start = head.read_bytes()
+    if folder.finished(FILE):
+        return
     with folder.file(FILE) as file:
         file.write(start + bytes(-len(start) % _ALIGNMENT))
         for stored, _, _ in tensors.values():

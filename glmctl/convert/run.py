@@ -20,6 +20,7 @@ from glmctl.errors import DataError
 from glmctl.recipe.schema import ConvertRecipe
 from glmctl.run import atomic
 from glmctl.run.directory import Run
+from glmctl.run.fingerprint import digest, input_files
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "keep": None}
 
@@ -28,27 +29,31 @@ def run(recipe: ConvertRecipe, run: Run) -> dict[str, Any]:
     """Convert `recipe.source` into the run's export.
 
     `to: hf` writes a model folder with the source's tokenizer; `to: checkpoint` a folder with the weights under
-    their in-memory names and the shape in state.json, without optimizer state; `to: gguf` a file for llama.cpp.
-    Memory stays bounded whatever the model's size. Every large file is read back and its SHA-256 compared with
-    that of the bytes meant for it; folders and checkpoints of up to `compare_bytes` are also compared with the
-    source tensor by tensor and by their logits. From an FP8 source, `keep` means the dtype that its config names.
+    their in-memory names and the shape in state.json, without optimizer state; `to: megatron` a folder with
+    Megatron-core's names; `to: gguf` a file for llama.cpp. From an FP8 source, `keep` means the dtype that its config
+    names. Memory stays bounded whatever the model's size. An interrupted conversion goes on after its last finished
+    file when it is started again with the same recipe and an unchanged source.
 
-    Returns {kind, source, tensors, bytes, verified}; where compared, {identical, max_logit_difference}; and for an FP8
-    result {quantisation_error} (`fp8.ErrorReport`), whose logits are compared but whose tensors differ. Raises
-    DataError when the source is damaged, or when what was written does not equal it.
+    Every large file is read back and its SHA-256 compared with that of the bytes meant for it; folders and checkpoints
+    of up to `compare_bytes` are also compared with the source tensor by tensor and by their logits.
+
+    Returns {kind, source, tensors, bytes, verified}; where compared, {identical, max_logit_difference}, and for an
+    upcycled model {dense_logit_difference}; and for an FP8 result {quantisation_error} (`fp8.ErrorReport`), whose
+    logits are compared but whose tensors differ. Raises DataError when the source is damaged, or when what was written
+    does not equal it.
     """
-    model = open_model(Path(recipe.source))
+    original = open_model(Path(recipe.source))
     if recipe.adapter is not None:
-        model = merge_lora(model, Path(recipe.adapter))
-    if recipe.upcycle is not None:
-        model = upcycle(model, recipe.upcycle, recipe.seed)
+        original = merge_lora(original, Path(recipe.adapter))
+    model = original if recipe.upcycle is None else upcycle(original, recipe.upcycle, recipe.seed)
     dtype = _DTYPES[recipe.dtype] or model.packed_as if recipe.dtype in _DTYPES else None
     report = ErrorReport()
     where = model.source.path
     console.note(f"reading {where} ({'model folder' if model.source.kind == 'hf' else model.source.kind})")
     known: dict[str, str] = {}
-    with atomic.publish(run.export, known) as path:
-        folder = Folder(path)
+    body = recipe.model_dump(mode="json")
+    with atomic.publish(run.export, known, continuing=digest([body, input_files(body)])) as path:
+        folder = Folder(path, report.figures)
         try:
             _convert(recipe, model, folder, dtype, report)
             folder.check()
@@ -69,13 +74,19 @@ def run(recipe: ConvertRecipe, run: Run) -> dict[str, Any]:
     if recipe.to == "gguf" or model.nbytes > recipe.compare_bytes:
         return summary
     console.note("comparing")
+    if model is not original:
+        summary["dense_logit_difference"] = logit_difference(original, model)
+    return summary | _compared(recipe, model, run.export, dtype)
+
+
+def _compared(recipe: ConvertRecipe, model: StoredModel, export: Path, dtype: torch.dtype | None) -> dict[str, Any]:
     if recipe.dtype in SCALE:
-        difference = logit_difference(model, open_model(run.export))
-        return summary | {"verified": "read back, logits", "max_logit_difference": difference}
-    found = compare(model, run.export, dtype=dtype)
+        difference = logit_difference(model, open_model(export))
+        return {"verified": "read back, logits", "max_logit_difference": difference}
+    found = compare(model, export, dtype=dtype)
     if not found.identical:
-        raise DataError(f"{run.export}: does not equal {where}: {found.differences[0]}")
-    return summary | {
+        raise DataError(f"{export}: does not equal {model.source.path}: {found.differences[0]}")
+    return {
         "bytes": found.bytes,
         "verified": "tensors and logits",
         "identical": True,

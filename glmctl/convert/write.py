@@ -26,6 +26,9 @@ from glmctl.model.folder import copy_tokenizer, plan_shards, write_config, write
 from glmctl.model.tensor_file import encode_header
 from glmctl.run import atomic
 
+FINISHED = "finished.json"
+"""which files an interrupted conversion has finished; not part of the result"""
+
 _WAITING = 4
 """blocks between the reader and the writer"""
 
@@ -84,15 +87,33 @@ class HashedWriter:
 
 
 class Folder:
-    """The files of one conversion's result, each hashed as it is written and read back in the background."""
+    """The files of one conversion's result, each hashed as it is written and read back in the background.
 
-    def __init__(self, path: Path) -> None:
+    Files that an interrupted conversion finished in the same folder are not written again, but read back again.
+    """
+
+    def __init__(self, path: Path, memory: dict[str, dict[str, float]] | None = None) -> None:
+        """memory: figures that grow as files are written, kept with them and brought back when going on."""
         self.path = path
+        self.memory = {} if memory is None else memory
         self.digests: dict[str, str] = {}
         """SHA-256 of the bytes meant for each large file"""
         self._checker = ThreadPoolExecutor(1, thread_name_prefix="read back")
         self._checks: dict[str, Future[str]] = {}
         self._tasks: list[Future[None]] = []
+        self._earlier: dict[str, str] = {}
+        if (path / FINISHED).is_file():
+            body = json.loads((path / FINISHED).read_text(encoding="utf-8"))
+            self._earlier = body["files"]
+            for key, figures in body["memory"].items():
+                self.memory[key].update(figures)
+
+    def finished(self, name: str) -> bool:
+        """Whether an interrupted conversion wrote this file, which then counts and need not be written."""
+        if name not in self._earlier:
+            return False
+        self._count(name, self._earlier[name])
+        return True
 
     def meanwhile(self, task: Callable[[], None]) -> None:
         """Have `task` done in the background; `check` raises what it raises."""
@@ -106,8 +127,13 @@ class Folder:
             yield writer
         except BaseException:
             writer.abandon()
+            (self.path / name).unlink(missing_ok=True)
             raise
-        self.digests[name] = writer.close()
+        self._count(name, writer.close())
+        atomic.write_json(self.path / FINISHED, {"files": self.digests, "memory": self.memory})
+
+    def _count(self, name: str, digest: str) -> None:
+        self.digests[name] = digest
         self._checks[name] = self._checker.submit(atomic.sha256_file, self.path / name)
 
     def check(self) -> None:
@@ -116,8 +142,10 @@ class Folder:
             task.result()
         for name, check in self._checks.items():
             if check.result() != self.digests[name]:
+                (self.path / FINISHED).unlink(missing_ok=True)
                 raise EnvironmentProblem(f"{self.path / name}: read back other bytes than written; is the disk well?")
         self._checker.shutdown()
+        (self.path / FINISHED).unlink(missing_ok=True)
 
     def abandon(self) -> None:
         """Stop reading back."""
@@ -126,6 +154,8 @@ class Folder:
 
 def write_safetensors(folder: Folder, name: str, tensors: Mapping[str, Stored]) -> None:
     """Write one safetensors file, block by block, in the order given, unless that would misalign a tensor."""
+    if folder.finished(name):
+        return
     listed = list(tensors.items())
     if not _aligned(tensor for _, tensor in listed):
         listed.sort(key=lambda item: -item[1].dtype.itemsize)

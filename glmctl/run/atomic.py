@@ -19,9 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from glmctl.errors import DataError, EnvironmentProblem
+from glmctl.errors import DataError, EnvironmentProblem, RecipeError
 
 MANIFEST = "manifest.json"
+
+PART = "part"
+"""kind of a temporary folder that its next writer continues"""
 
 _TEMPORARY = re.compile(r"^\.(?P<name>.+)\.(?P<kind>tmp|aside)-[0-9a-f]{12}$")
 _MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE}
@@ -54,23 +57,34 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def publish(folder: Path, known: Mapping[str, str] | None = None) -> Iterator[Path]:
+def publish(folder: Path, known: Mapping[str, str] | None = None, *, continuing: str | None = None) -> Iterator[Path]:
     """Yield an empty temporary sibling of `folder`; at the end give it a manifest and the name `folder`.
 
     known: SHA-256 of large files by name, for a body that computed them; read after the body ends.
+    continuing: hex digest of everything the contents follow from. What an earlier call with the same digest left
+    when it was interrupted is then in the folder yielded, and is the body's to trust or not; another's is removed.
+
     An existing `folder` is replaced. When the body raises, the temporary folder is removed and `folder` stays as
-    it was. A kill leaves at most a temporary entry for `remove_stale`.
+    it was; with `continuing` it is kept unless the error says that the input is wrong. A kill leaves at most a
+    temporary entry, for `remove_stale` or the continuing call.
     """
     temporary = _sibling(folder, "tmp")
+    if continuing is not None:
+        temporary = folder.with_name(f".{folder.name}.{PART}-{continuing[:12]}")
     with machine_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
+        if continuing is not None:
+            for other in set(folder.parent.glob(f".{folder.name}.{PART}-*")) - {temporary}:
+                shutil.rmtree(other)
+            remove_stale(temporary)
+        temporary.mkdir(exist_ok=continuing is not None)
         try:
             yield temporary
             _seal(temporary, known or {})
             _replace_folder(temporary, folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+        except BaseException as error:
+            if continuing is None or isinstance(error, DataError | RecipeError):
+                shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 

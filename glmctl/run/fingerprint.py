@@ -13,7 +13,7 @@ from glmctl.errors import DataError
 from glmctl.run import atomic
 
 INPUT_FIELDS = frozenset(
-    {"paths", "root", "data", "model", "models", "tokenizer", "problems", "heldout", "student", "source"}
+    {"paths", "root", "data", "model", "models", "tokenizer", "problems", "heldout", "student", "source", "adapter"}
     | {"ask_problems", "perplexity_texts"}
 )
 """Recipe fields (at any depth) whose strings name files or folders that the stage reads."""

@@ -228,8 +228,10 @@ def test_a_full_disk_leaves_nothing_and_says_so(healthy: Path, tmp_path: Path, m
     with pytest.raises(EnvironmentProblem, match="No space left"):
         to(healthy, tmp_path / "c", shard_bytes=9_000)
     monkeypatch.undo()
-    assert not [p for p in (tmp_path / "c").iterdir() if "export" in p.name]
-    assert compare(healthy, to(healthy, tmp_path / "c")).identical
+    assert not (tmp_path / "c" / "export").exists()
+    again = to(healthy, tmp_path / "c", shard_bytes=9_000)
+    assert compare(healthy, again).identical
+    assert not [p for p in (tmp_path / "c").iterdir() if p.name.startswith(".export")]
 
 
 def test_a_disk_that_lies_is_found_out(healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +240,76 @@ def test_a_disk_that_lies_is_found_out(healthy: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(atomic, "sha256_file", lambda path: wrong if path.suffix == ".safetensors" else real(path))
     with pytest.raises(EnvironmentProblem, match="read back other bytes"):
         to(healthy, tmp_path / "c")
+
+
+def killed_at_file(healthy: Path, target: Path, number: int, **fields: Any) -> None:
+    """Start a conversion in a process that kills itself while it writes its `number`th file."""
+    child = os.fork()
+    if child == 0:
+        real = write.HashedWriter.write_tensor
+
+        def fatal(self: write.HashedWriter, rows: torch.Tensor) -> None:
+            if f"-0000{number}-of" in self.path.name:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(self, rows)
+
+        write.HashedWriter.write_tensor = fatal  # type: ignore[method-assign]
+        to(healthy, target, shard_bytes=9_000, **fields)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+@pytest.mark.parametrize("dtype", ["keep", "fp8-block"])
+def test_a_killed_conversion_goes_on_where_it_was(
+    healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Finished shards are not written again, count in the report, and are read back; the result is the same."""
+    straight = to(healthy, tmp_path / "straight", shard_bytes=9_000, dtype=dtype)
+    target = tmp_path / "c"
+    killed_at_file(healthy, target, 4, dtype=dtype)
+    assert not (target / "export").exists()
+    written: list[str] = []
+    real = write.HashedWriter.close
+
+    def close(self: write.HashedWriter) -> str:
+        written.append(self.path.name)
+        return real(self)
+
+    monkeypatch.setattr(write.HashedWriter, "close", close)
+    run = Run.open(ConvertRecipe(name="c", source=str(healthy), shard_bytes=9_000, dtype=dtype), target)
+    with run:
+        summary = convert(run.recipe, run)
+    shards = sorted(path.name for path in straight.glob("*.safetensors"))
+    assert written == shards[3:]
+    assert atomic.read_manifest(run.export) == atomic.read_manifest(straight)
+    atomic.verify(run.export)
+    if dtype != "keep":
+        again = Run.open(ConvertRecipe(name="c", source=str(healthy), shard_bytes=9_000, dtype=dtype), tmp_path / "e")
+        with again:
+            assert summary["quantisation_error"] == convert(again.recipe, again)["quantisation_error"]
+
+
+def test_what_was_left_of_another_source_is_not_continued(healthy: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(healthy, tmp_path / "m"))
+    killed_at_file(source, tmp_path / "c", 3)
+    (left,) = (tmp_path / "c").glob(".export.part-*")
+    save_model(scrambled(ModelConfig(num_hidden_layers=2, **TINY)).bfloat16(), source, shard_bytes=30_000)
+    export = to(source, tmp_path / "c", shard_bytes=9_000)
+    assert compare(source, export).identical
+    assert not left.exists()
+
+
+def test_a_finished_shard_that_was_damaged_since_is_found_and_then_written_again(healthy: Path, tmp_path: Path) -> None:
+    killed_at_file(healthy, tmp_path / "c", 3)
+    (left,) = (tmp_path / "c").glob(".export.part-*")
+    shard = next(iter(sorted(left.glob("*.safetensors"))))
+    body = bytearray(shard.read_bytes())
+    body[-1] ^= 1
+    shard.write_bytes(body)
+    with pytest.raises(EnvironmentProblem, match="read back other bytes"):
+        to(healthy, tmp_path / "c", shard_bytes=9_000)
+    assert compare(healthy, to(healthy, tmp_path / "c", shard_bytes=9_000)).identical
 
 
 def kill_once(healthy: Path, target: Path, delay: float) -> None:

@@ -107,7 +107,8 @@ def test_a_llama_folder_has_transformers_logits_here(llama: Path, tmp_path: Path
 
 def test_an_upcycled_model_starts_as_the_dense_one_and_its_experts_part(llama: Path, tmp_path: Path) -> None:
     _, dense = to(llama, tmp_path / "d")
-    _, sparse = to(llama, tmp_path / "s", upcycle=Upcycling(experts=4, experts_per_token=2))
+    summary, sparse = to(llama, tmp_path / "s", upcycle=Upcycling(experts=4, experts_per_token=2))
+    assert summary["dense_logit_difference"] < 1e-4
     tokens_BT = torch.randint(128, (4, 32), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(ours(sparse, tokens_BT), ours(dense, tokens_BT), atol=1e-4, rtol=0)
     model = load_model(sparse)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import Glm4MoeForCausalLM
 
 from glmctl.convert.run import run as convert
 from glmctl.convert.source import open_model
@@ -81,6 +82,19 @@ def test_layout_error_and_way_back(source: Path, tmp_path: Path, layout: str, en
     for name in packed:
         assert torch.equal(repeated[name].view(torch.uint8), stored[name].view(torch.uint8)), name
         torch.testing.assert_close(repeated[name + ending], stored[name + ending], rtol=2e-7, atol=0)
+
+
+def test_transformers_reads_the_block_layout_as_we_do(tiny_config: ModelConfig, tmp_path: Path) -> None:
+    """Without an accelerator it unpacks to bf16, experts stacked: the same numbers. It takes whole blocks only."""
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 128, "intermediate_size": 384, "head_dim": 64}
+    save_model(GlmMoe(tiny_config.model_copy(update=sizes), seed=0), tmp_path / "m")
+    _, folder = to(tmp_path / "m", tmp_path / "q", dtype="fp8-block")
+    _, plain = to(folder, tmp_path / "p", dtype="bfloat16")
+    theirs = Glm4MoeForCausalLM.from_pretrained(folder).state_dict()
+    ours = load_file(plain / "model.safetensors")
+    assert torch.equal(theirs[Q], ours[Q])
+    up = ours[GATE.replace("gate_proj", "up_proj")]
+    assert torch.equal(theirs["model.layers.1.mlp.experts.gate_up_proj"][3], torch.cat([ours[GATE], up]))
 
 
 def test_keep_unpacks_to_the_dtype_that_the_config_names(source: Path, tmp_path: Path) -> None:

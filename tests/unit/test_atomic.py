@@ -187,3 +187,31 @@ def test_json_refuses_numbers_that_are_not_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         atomic.write_json(tmp_path / "x.json", {"a": float("nan")})
     assert list(tmp_path.iterdir()) == []
+
+
+def interrupted(folder: Path, key: str, error: BaseException) -> None:
+    """Write a file and half of another, then fail; the names that were there at the start."""
+    with atomic.publish(folder, continuing=key) as temporary:
+        error.add_note(",".join(sorted(path.name for path in temporary.iterdir())))
+        (temporary / "a.txt").write_text("alpha")
+        (temporary / ".b.txt.tmp-0123456789ab").write_text("half")
+        raise error
+
+
+def test_a_continued_folder_keeps_what_was_written_until_the_input_is_wrong(tmp_path: Path) -> None:
+    """Interrupted: kept for the same digest, removed for another; refused input: nothing stays."""
+    folder, key = tmp_path / "out", "a" * 64
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(folder, key, KeyboardInterrupt())
+    assert not folder.exists()
+    with pytest.raises(EnvironmentProblem) as caught:
+        interrupted(folder, key, EnvironmentProblem("the disk is full"))
+    assert caught.value.__notes__ == ["a.txt"], "what was half-written is gone"
+    with pytest.raises(DataError) as refused:
+        interrupted(folder, "b" * 64, DataError("the input is wrong"))
+    assert refused.value.__notes__ == [""], "another input starts from nothing"
+    assert list(tmp_path.iterdir()) == []
+    with atomic.publish(folder, continuing=key) as temporary:
+        (temporary / "a.txt").write_text("alpha")
+    atomic.verify(folder)
+    assert list(tmp_path.iterdir()) == [folder]
