@@ -20,6 +20,9 @@ from glmctl.serving.service import Service
 
 DRAIN_SECONDS = 30.0
 CUT_SECONDS = 1
+KEEP_ALIVE_SECONDS = 75
+"""longer than any usual client or proxy keeps an idle connection (httpx 5 s, aiohttp 15 s, AWS's balancer 60 s): with
+uvicorn's 5 s, a client now and then sends its next request into the connection that we are just closing"""
 """what is left over after the drain gets this long to close"""
 MAX_HEADER_BYTES = 64 * 1024
 
@@ -101,6 +104,7 @@ class Server:
             access_log=False,
             server_header=False,
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=CUT_SECONDS,
         )
         self._uvicorn = _Uvicorn(config)

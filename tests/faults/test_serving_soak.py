@@ -109,7 +109,11 @@ def resident_bytes() -> int:
 
 
 def soak(server: Server, count: int) -> tuple[int, int]:
-    """Run `count` requests, and hold what must hold after; resident bytes at half time and at the end."""
+    """Run `count` requests, and hold what must hold after; resident bytes at half time and at the end.
+
+    Seen: memory goes up by 4% over the first 2,000 requests (allocator's arenas, caches that have a bound), and by
+    0.4% over the next 2,000.
+    """
     service = server._service
     used_before, _ = service.worker.kv_blocks
     sockets_before = len(os.listdir("/proc/self/fd"))
@@ -139,11 +143,17 @@ async def until_idle(server: Server) -> None:
                 return
 
 
+def test_a_client_gives_up_an_idle_connection_before_we_do(server: Server) -> None:
+    """Else its next request meets a connection that is just being closed."""
+    expiry = httpx.Limits().keepalive_expiry
+    assert expiry is not None and server._uvicorn.config.timeout_keep_alive > 2 * expiry
+
+
 def test_after_a_crowd_everything_is_as_before(server: Server) -> None:
     soak(server, 100)
 
 
 @pytest.mark.slow
 def test_soak(server: Server) -> None:
-    half, end = soak(server, int(os.environ.get("GLMCTL_SOAK_REQUESTS", "2000")))
+    half, end = soak(server, int(os.environ.get("GLMCTL_SOAK_REQUESTS", "5000")))
     assert end - half < 0.02 * half, f"{half} bytes at half time, {end} at the end"
