@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from glmctl.errors import EnvironmentProblem
+from glmctl.kernels import native_build
 from glmctl.kernels.cpu import library as native_library
+from glmctl.kernels.native_build import NativeLibrary
 
 
 @pytest.fixture
@@ -72,13 +74,14 @@ def test_another_compiler_source_or_processor_is_another_file(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler = str(fake_compiler(tmp_path, "exit 1"))
-    keys = {native_library._key(compiler)}
-    monkeypatch.setattr(native_library, "_processor", lambda: "another")
-    keys.add(native_library._key(compiler))
-    monkeypatch.setattr(native_library, "flags", lambda: ["-O0"])
-    keys.add(native_library._key(compiler))
-    monkeypatch.setattr(native_library, "_sources", lambda: [tmp_path / "fake-cxx"])
-    keys.add(native_library._key(compiler))
+    source = tmp_path / "step.cpp"
+    source.write_text("int one;")
+    step = NativeLibrary("step", "a step", tmp_path, "step.cpp")
+    keys = {step.key(compiler, ["-O3"]), step.key(compiler, ["-O0"])}
+    source.write_text("int two;")
+    keys.add(step.key(compiler, ["-O3"]))
+    monkeypatch.setattr(native_build, "_processor", lambda: "another")
+    keys.add(step.key(compiler, ["-O3"]))
     assert len(keys) == 4
 
 
@@ -115,6 +118,8 @@ def test_processes_that_start_at_once_compile_once(cache: Path, quick_compiler: 
 
 def test_a_damaged_file_is_built_again(cache: Path, quick_compiler: Path) -> None:
     cache.mkdir(parents=True)
-    (cache / f"step-{native_library._key(native_library.find_compiler())}.so").write_bytes(b"junk")
+    (cache / f"step-{native_library.STEP.key(native_library.find_compiler(), native_library.flags())}.so").write_bytes(
+        b"junk"
+    )
     assert native_library.library().glm_lanes() == 7
     assert quick_compiler.read_text().count("run") == 1

@@ -146,7 +146,8 @@ async def until_idle(server: Server) -> None:
 def test_a_client_gives_up_an_idle_connection_before_we_do(server: Server) -> None:
     """Else its next request meets a connection that is just being closed."""
     expiry = httpx.Limits().keepalive_expiry
-    assert expiry is not None and server._uvicorn.config.timeout_keep_alive > 2 * expiry
+    assert expiry is not None
+    assert server._uvicorn.config.timeout_keep_alive > 2 * expiry
 
 
 def test_after_a_crowd_everything_is_as_before(server: Server) -> None:

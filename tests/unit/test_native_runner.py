@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -326,7 +327,7 @@ def other_instructions(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(native_library.platform.machine() != "x86_64", reason="names x86 instruction sets")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 instruction sets")
 @pytest.mark.parametrize("other_instructions", ["x86-64", "haswell"], indirect=True)
 def test_narrower_vectors_compute_the_same_model(other_instructions: None) -> None:
     for seed in range(8):

@@ -222,7 +222,7 @@ def test_a_damaged_problem_file_is_named_with_its_line(tmp_path, line: str, what
 
 def test_a_tool_use_problem_without_its_state_is_bad_data() -> None:
     with pytest.raises(DataError, match="state"):
-        environment(Problem("x", "tool_use", "Stock of item 4 in shop 3 on day 1?", 1, {"kind": "stock", "seed": 1}))
+        environment(Problem("x", "tool_use", "Stock of item 4 shop 3 day 1?", 1, {"kind": "stock", "seed": 1}))
 
 
 @pytest.mark.parametrize("task", SPECS)

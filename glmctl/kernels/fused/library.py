@@ -1,19 +1,14 @@
-"""Compiles fused.cpp with the system's g++ at first use, keeps it in the user's cache, and opens it.
+"""Training's passes between matrix products in C++, compiled with the system's g++.
 
-g++ and not another compiler: its OpenMP runtime is the one torch brings, so both share one pool of threads. The
-cached file is named after everything its code depends on; it appears whole or not at all. Without a compiler the
-same passes run in torch, slower and equal up to rounding; `GLMCTL_KERNELS=torch` chooses that by name.
+g++ and not another compiler: its OpenMP runtime is the one torch brings, so both share one pool of threads. Without
+it the same passes run in torch, slower and equal up to rounding; `GLMCTL_KERNELS=torch` chooses that by name.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
-import platform
 import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -23,11 +18,10 @@ import torch
 from torch import Tensor
 
 from glmctl import console
-from glmctl.kernels.cpu.library import cache_folder
+from glmctl.errors import EnvironmentProblem
+from glmctl.kernels.native_build import NativeLibrary, base_flags
 
-SOURCE = Path(__file__).parent
-COMPILE_SECONDS = 300
-"""a compiler that takes longer is stuck: a fast core needs three"""
+FUSED = NativeLibrary("fused", "training's kernels", Path(__file__).parent, "fused.cpp")
 
 _P, _N, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
@@ -75,13 +69,9 @@ def library() -> ctypes.CDLL | None:
         console.note("no g++ on PATH: training's small operations run in torch, which is slower")
         return None
     try:
-        target = cache_folder() / f"fused-{_key(compiler)}.so"
-        if not target.exists():
-            _build(compiler, target)
-        opened = ctypes.CDLL(str(target))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        console.warn(f"training's C++ kernels cannot be used, torch is slower: {reason[0] if reason else error!r}")
+        opened = FUSED.open(compiler, [*base_flags(), "-fopenmp"])
+    except EnvironmentProblem as problem:
+        console.warn(f"training's C++ kernels cannot be used, torch is slower: {problem}")
         return None
     for name, arguments in _SIGNATURES.items():
         function = getattr(opened, name)
@@ -105,33 +95,3 @@ def strip() -> int:
     opened = library()
     assert opened is not None
     return int(opened.glm_strip())
-
-
-def _flags() -> list[str]:
-    """No fast-math: sums keep the order that the source gives them."""
-    tune = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-    return ["-std=c++17", "-O3", tune, "-fopenmp", "-shared", "-fPIC"]
-
-
-def _key(compiler: str) -> str:
-    """Hash of sources, compiler version, flags and the processor's abilities."""
-    digest = hashlib.sha256()
-    for source in sorted([*SOURCE.glob("*.cpp"), *SOURCE.glob("*.h")]):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.is_file() else []
-    abilities = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
-    digest.update("\0".join([version, *_flags(), platform.machine(), *abilities]).encode())
-    return digest.hexdigest()[:24]
-
-
-def _build(compiler: str, target: Path) -> None:
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    console.note(f"compiling training's kernels (once; kept in {target.parent})")
-    # processes that build at once each make their own and the last rename wins: all are the same
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
-        made = Path(folder) / target.name
-        command = [compiler, *_flags(), str(SOURCE / "fused.cpp"), "-o", str(made)]
-        subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMPILE_SECONDS)
-        os.replace(made, target)

@@ -9,6 +9,7 @@ the protocol, the calls that the question needs were made, and the final content
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from typing import Any
 
 from glmctl.data.conversations import Conversation
@@ -91,13 +92,19 @@ def generate(spec: ToolUseTask, count: int, rng: random.Random) -> list[Problem]
 
 
 def demonstrate(problem: Problem) -> Conversation:
-    """The scripted solution: the calls one after another, each announced in the reasoning, then the number."""
+    """The scripted solution: the calls one after another, each announced in the reasoning, then the number.
+
+    It is announced in the question's own words, so that each value follows the word it follows there: looking up what
+    came after the same word before is the first copying a transformer learns (Olsson et al. 2022, induction heads).
+    """
     shop = _shop(problem)
     messages: list[Message] = [{"role": "user", "content": problem.prompt}]
     result = ""
     for call in expected_calls(problem):
-        # saying the arguments once before they are passed doubles what a copy head gets to learn from
-        plan = " ".join([call["name"], *(str(value) for value in call["arguments"].values())])
+        plan = " ".join([call["name"], *(f"{key} {value}" for key, value in call["arguments"].items())])
+        if call["name"] == "shop":
+            # what the second call needs is said again near it; from the question, two turns back, it was not found
+            plan = f"{_wanted(problem.state)}, {plan}"
         turn = {"role": "assistant", "reasoning_content": plan, "content": ""}
         messages.append({**turn, "tool_calls": [{"type": "function", "function": call}]})
         result = shop.run(call)
@@ -155,6 +162,12 @@ def expected_calls(problem: Problem) -> list[dict[str, Any]]:
     ]
 
 
+def _wanted(state: Mapping[str, Any]) -> str:
+    """What is asked for, as a call would say it: `stock item 3 owner 4 day 7`."""
+    named = " ".join(f"{key} {state[key]}" for key in KINDS[state["kind"]])
+    return f"{'price' if state['kind'] == 'price' else 'stock'} {named}"
+
+
 def _call(name: str, /, **arguments: Any) -> dict[str, Any]:
     return {"name": name, "arguments": arguments}
 
@@ -171,13 +184,12 @@ def _draw(spec: ToolUseTask, rng: random.Random) -> Problem:
     state: dict[str, Any] = {"kind": kind, "item": item, "seed": rng.getrandbits(32), "max_value": spec.max_value}
     if kind == "price":
         state |= {"shop": rng.choice(CODES), "count": rng.randint(2, max(2, spec.max_value))}
-        prompt = f"Price of item {item} in shop {state['shop']}, count {state['count']}?"
     elif kind == "stock":
         state |= {"shop": rng.choice(CODES), "day": rng.choice(CODES)}
-        prompt = f"Stock of item {item} in shop {state['shop']} on day {state['day']}?"
     else:
         state |= {"owner": rng.choice(CODES), "day": rng.choice(CODES)}
-        prompt = f"Stock of item {item} with owner {state['owner']} on day {state['day']}?"
+    words = _wanted(state)
+    prompt = f"{words[0].upper()}{words[1:].replace(' item', ' of item', 1)}?"
     unsolved = Problem(f"tool_use/{prompt}", "tool_use", prompt, 0, state)
     answer = int(_shop(unsolved).run(expected_calls(unsolved)[-1]))
     return Problem(unsolved.id, unsolved.task, prompt, answer, state)
