@@ -1,16 +1,19 @@
 """Rejection sampling: what of the experts' samples may be taught (GLM-4.5 report section 3.1, spec section 3.1).
 
 In the report's order: (1) repetitive, too short, truncated, malformed reasoning; (2) verified answers; (3) a reward
-model for subjective questions, of which our tasks have none; (4) tool use: protocol obeyed, terminal state reached.
-A sample is counted under the first filter that refuses it.
+model where the recipe names one; (4) tool use: protocol obeyed, terminal state reached. A sample is counted under the
+first filter that refuses it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
+from glmctl.data.chat import ChatTemplate
+from glmctl.data.parsing import parse
 from glmctl.rl.environment import StopReason
 from glmctl.rl.episode import Trajectory
 from glmctl.rl.score import thinks
@@ -21,6 +24,22 @@ REPEATED_TOKENS = 16
 """... unless all of it is shorter than this many tokens (zeros in a number, a ruler of dashes)"""
 LONGEST_PHRASE = 64
 """tokens; the longest phrase that is looked for"""
+SHOWN_CHARACTERS = 2000
+"""of an example's text: its beginning and its end"""
+
+Scorer = Callable[[Sequence[Trajectory]], Sequence[float]]
+"""a reward model: one number a sample, higher is better"""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What the filters need besides the sample."""
+
+    template: ChatTemplate
+    """the one that the samples' tokens are of"""
+    min_tokens: int = 0
+    scorer: Scorer | None = None
+    min_score: float = 0.0
 
 
 @dataclass
@@ -28,46 +47,24 @@ class Rejections:
     """How many samples each filter refused, and one example of each."""
 
     counts: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, Trajectory] = field(default_factory=dict)
-
-    def add(self, name: str, sample: Trajectory) -> None:
-        """Count one refused sample."""
-        self.counts[name] = self.counts.get(name, 0) + 1
-        self.examples.setdefault(name, sample)
+    examples: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_row(self) -> dict[str, Any]:
-        """JSON-able: per filter the count and the example's problem, detail and messages."""
-        return {
-            name: {
-                "count": count,
-                "example": {
-                    "problem_id": self.examples[name].problem_id,
-                    "detail": self.examples[name].detail,
-                    "messages": self.examples[name].messages,
-                },
-            }
-            for name, count in self.counts.items()
-        }
+        """JSON-able: per filter the count and the example's problem, detail, question and text."""
+        return {name: {"count": count, "example": self.examples[name]} for name, count in self.counts.items()}
 
 
-def filter_samples(samples: Sequence[Trajectory], min_tokens: int) -> tuple[list[Trajectory], Rejections]:
+def filter_samples(samples: Sequence[Trajectory], judge: Judge) -> tuple[list[Trajectory], Rejections]:
     """The samples that pass every filter, in order, and what became of the rest."""
-    kept, rejections = [], Rejections()
-    for sample in samples:
-        name = first_rejection(sample, min_tokens)
-        if name is None:
-            kept.append(sample)
-        else:
-            rejections.add(name, sample)
-    return kept, rejections
-
-
-def first_rejection(sample: Trajectory, min_tokens: int) -> str | None:
-    """The name of the first filter that refuses `sample`, or None."""
+    kept, rejections = list(samples), Rejections()
     for name, refuses in FILTERS.items():
-        if refuses(sample, min_tokens):
-            return name
-    return None
+        verdicts = refuses(kept, judge)
+        refused = [one for one, bad in zip(kept, verdicts, strict=True) if bad]
+        if refused:
+            rejections.counts[name] = len(refused)
+            rejections.examples[name] = _example(refused[0], judge.template)
+        kept = [one for one, bad in zip(kept, verdicts, strict=True) if not bad]
+    return kept, rejections
 
 
 def is_repetitive(tokens: Sequence[int]) -> bool:
@@ -83,53 +80,99 @@ def is_repetitive(tokens: Sequence[int]) -> bool:
     return False
 
 
-def _not_judged(sample: Trajectory, min_tokens: int) -> bool:
+def made_turns(sample: Trajectory) -> list[list[int]]:
+    """The tokens of each stretch that the model wrote."""
+    pairs = zip(sample.tokens, sample.loss_mask, strict=True)
+    return [[token for token, _ in turn] for made, turn in groupby(pairs, key=lambda pair: pair[1]) if made]
+
+
+def _example(sample: Trajectory, template: ChatTemplate) -> dict[str, Any]:
+    text = template.tokenizer.decode([token for turn in made_turns(sample) for token in turn])
+    if len(text) > SHOWN_CHARACTERS:
+        text = f"{text[: SHOWN_CHARACTERS // 2]} ... {text[-SHOWN_CHARACTERS // 2 :]}"
+    question = next((str(m["content"]) for m in sample.messages if m["role"] == "user"), "")
+    return {
+        "problem_id": sample.problem_id,
+        "sample": sample.sample,
+        "stop_reason": sample.stop_reason,
+        "detail": sample.detail,
+        "prompt": question,
+        "reply": text,
+    }
+
+
+# ----------------------------------------------------------------------------- the filters
+
+
+def _not_judged(sample: Trajectory, judge: Judge) -> bool:
     return sample.reward is None
 
 
-def _repetitive(sample: Trajectory, min_tokens: int) -> bool:
-    turn: list[int] = []
-    for token, made in zip(sample.tokens, sample.loss_mask, strict=True):
-        if made:
-            turn.append(token)
-        elif turn:
-            if is_repetitive(turn):
-                return True
-            turn = []
-    return is_repetitive(turn)
+def _repetitive(sample: Trajectory, judge: Judge) -> bool:
+    return any(is_repetitive(turn) for turn in made_turns(sample))
 
 
-def _too_short(sample: Trajectory, min_tokens: int) -> bool:
-    return sample.generated_tokens < min_tokens
+def _too_short(sample: Trajectory, judge: Judge) -> bool:
+    return sample.generated_tokens < judge.min_tokens
 
 
-def _truncated(sample: Trajectory, min_tokens: int) -> bool:
+def _truncated(sample: Trajectory, judge: Judge) -> bool:
     return sample.stop_reason is StopReason.TRUNCATED
 
 
-def _malformed(sample: Trajectory, min_tokens: int) -> bool:
-    return not sample.well_formed or (sample.enable_thinking and not thinks(sample))
+def _malformed_reasoning(sample: Trajectory, judge: Judge) -> bool:
+    if _unparsed(sample):
+        return not _reasoned_well(sample, judge.template)
+    return sample.enable_thinking and sample.well_formed and not thinks(sample)
 
 
-def _wrong_answer(sample: Trajectory, min_tokens: int) -> bool:
-    return not sample.tools and sample.reward != 1.0
+def _wrong_answer(sample: Trajectory, judge: Judge) -> bool:
+    return not sample.tools and sample.reward != 1.0 and sample.stop_reason is StopReason.ANSWERED
 
 
-def _tool_protocol(sample: Trajectory, min_tokens: int) -> bool:
-    return sample.stop_reason is StopReason.MALFORMED
+def _tool_protocol(sample: Trajectory, judge: Judge) -> bool:
+    refused = sample.stop_reason is StopReason.MALFORMED
+    return refused and (not _unparsed(sample) or _reasoned_well(sample, judge.template))
 
 
-def _terminal_state(sample: Trajectory, min_tokens: int) -> bool:
-    return bool(sample.tools) and sample.reward != 1.0
+def _terminal_state(sample: Trajectory, judge: Judge) -> bool:
+    answered = sample.stop_reason is StopReason.ANSWERED
+    return sample.stop_reason is StopReason.TURNS_EXHAUSTED or (
+        answered and bool(sample.tools) and sample.reward != 1.0
+    )
 
 
-FILTERS: dict[str, Callable[[Trajectory, int], bool]] = {
-    "not_judged": _not_judged,
-    "repetitive": _repetitive,
-    "too_short": _too_short,
-    "truncated": _truncated,
-    "malformed_reasoning": _malformed,
-    "wrong_answer": _wrong_answer,
-    "tool_protocol": _tool_protocol,
-    "terminal_state": _terminal_state,
+def _unparsed(sample: Trajectory) -> bool:
+    """Refused by the parser; what the environment refused had parsed."""
+    return sample.stop_reason is StopReason.MALFORMED and not sample.well_formed
+
+
+def _reasoned_well(sample: Trajectory, template: ChatTemplate) -> bool:
+    """Whether the turn that the parser refused is in order up to a tool call, so that the fault is the call's."""
+    last = made_turns(sample)[-1:]
+    text = template.tokenizer.decode(last[0]) if last else ""
+    before, call, _ = text.partition("<tool_call>")
+    return bool(call) and parse(before, thinking=sample.enable_thinking).well_formed
+
+
+def _low_reward(samples: Sequence[Trajectory], judge: Judge) -> list[bool]:
+    if judge.scorer is None or not samples:
+        return [False] * len(samples)
+    return [score < judge.min_score for score in judge.scorer(samples)]
+
+
+def _each(refuses: Callable[[Trajectory, Judge], bool]) -> Callable[[Sequence[Trajectory], Judge], list[bool]]:
+    return lambda samples, judge: [refuses(one, judge) for one in samples]
+
+
+FILTERS: dict[str, Callable[[Sequence[Trajectory], Judge], list[bool]]] = {
+    "not_judged": _each(_not_judged),
+    "repetitive": _each(_repetitive),
+    "too_short": _each(_too_short),
+    "truncated": _each(_truncated),
+    "malformed_reasoning": _each(_malformed_reasoning),
+    "wrong_answer": _each(_wrong_answer),
+    "low_reward": _low_reward,
+    "tool_protocol": _each(_tool_protocol),
+    "terminal_state": _each(_terminal_state),
 }

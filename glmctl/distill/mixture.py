@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from glmctl.data.conversations import Conversation
 from glmctl.rl.environment import Message
@@ -27,6 +28,24 @@ def mix(samples: Sequence[Trajectory], direct_fraction: float, seed: int) -> lis
     rng = random.Random(derive_seed(seed, "direct"))
     chosen = set(rng.sample(range(len(samples)), round(direct_fraction * len(samples))))
     return [direct(one) if index in chosen else thinking(one) for index, one in enumerate(samples)]
+
+
+def epochs(tokens: Mapping[str, int], shares: Mapping[str, float]) -> dict[str, float]:
+    """How often each part is shown so that its trained tokens have its share; the scarcest need is shown once.
+
+    `tokens` are the trained tokens of one showing. Without `shares` every part is shown once.
+    """
+    if not shares:
+        return dict.fromkeys(tokens, 1.0)
+    needed = {name: shares[name] / count for name, count in tokens.items()}
+    return {name: value / min(needed.values()) for name, value in needed.items()}
+
+
+def repeat(rows: Sequence[Conversation], times: float, seed: int) -> list[Conversation]:
+    """Each row `floor(times)` times, and as many once more, drawn by `seed`, as the rest of `times` asks for."""
+    whole = math.floor(times)
+    more = set(random.Random(seed).sample(range(len(rows)), round((times - whole) * len(rows))))
+    return [row for index, row in enumerate(rows) for _ in range(whole + (index in more))]
 
 
 def _without_reasoning(message: Message) -> Message:

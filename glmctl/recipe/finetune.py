@@ -1,4 +1,4 @@
-"""Recipes of supervised post-training: `sft` and `distill`. Importable without torch."""
+"""The recipe of supervised fine-tuning. Importable without torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from glmctl.recipe.sections import Finetuning, Sampling, Section
+from glmctl.recipe.sections import Finetuning, Section
 
 ConversationFormat = Literal["auto", "messages", "prompt_completion", "sharegpt", "alpaca"]
 
@@ -45,32 +45,3 @@ class SftRecipe(Finetuning, ConversationData):
 
     type: Literal["sft"] = "sft"
     model: str
-
-
-class Teacher(Section):
-    """An expert and the problems it is asked."""
-
-    name: str
-    model: str
-    problems: list[str] = Field(min_length=1)
-    heldout: list[str] = Field(min_length=1)
-    prompts: int = Field(gt=0)
-    samples_per_prompt: int = Field(4, gt=0)
-    direct_fraction: float = Field(0.3, ge=0.0, le=1.0, description="share of kept samples turned into /nothink ones")
-
-
-class DistillRecipe(Finetuning):
-    """Rejection-sample the experts and train one hybrid model from the base (overall SFT)."""
-
-    type: Literal["distill"] = "distill"
-    teachers: list[Teacher] = Field(min_length=1)
-    student: str = Field(description="the base model, before any expert training")
-    sampling: Sampling = Sampling(temperature=0.8)
-    min_tokens: int = Field(4, ge=0)
-    max_turns: int = Field(4, gt=0)
-    episode_tokens: int = Field(1024, gt=1, description="most tokens of an episode, prompt and tool results counted")
-    select_hard_fraction: float = Field(
-        1.0, gt=0.0, le=1.0, description="share of prompts kept, longest responses first; the report keeps 0.5"
-    )
-    responses_per_prompt: int = Field(4, gt=0, description="most verified responses kept of one prompt")
-    heldout_limit: int = Field(200, gt=0)

@@ -30,7 +30,8 @@ from glmctl.recipe.data import (
     TokenizerRecipe,
     ToolUseTask,
 )
-from glmctl.recipe.finetune import ConversationFiles, DistillRecipe, SftRecipe, Teacher
+from glmctl.recipe.distill import DistillRecipe, Expert, Teacher
+from glmctl.recipe.finetune import ConversationFiles, SftRecipe
 from glmctl.recipe.pretrain import Balance, BatchRamp, MtpLoss, PretrainRecipe, TrainStage, Validation
 from glmctl.recipe.rl import GrpoSpec, GspoSpec, OverlongPenalty, PolicySpec, RlRecipe, SandboxLevel, SandboxSpec
 from glmctl.recipe.sections import (
@@ -63,6 +64,7 @@ __all__ = [
     "DataRecipe",
     "DistillRecipe",
     "EvalRecipe",
+    "Expert",
     "FillInTheMiddle",
     "Finetuning",
     "GrpoSpec",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 
 from glmctl.data.chat import ChatTemplate
 from glmctl.engine.engine import Engine
@@ -17,6 +18,9 @@ from glmctl.rl.seeds import derive_seed
 
 MAX_SLOTS = 128
 """sequences that decode together: more than a served model has, for nobody waits for a single one"""
+
+IN_FLIGHT = 8 * MAX_SLOTS
+"""episodes that are open at once; more would only lie in memory"""
 
 INFRASTRUCTURE_LIMIT = 0.2
 """share of failed episodes above which a batch says more about the machine than about the model"""
@@ -45,6 +49,36 @@ def rollout(
     comes back with reward None; more than a fifth of such episodes raise EnvironmentProblem. A prompt that does not
     fit into the engine raises RecipeError.
     """
+    asked: list[tuple[Problem, Trajectory]] = []
+    known: Counter[str] = Counter()
+    for group, problem in enumerate(problems):
+        # a problem that occurs twice in a batch goes on with fresh samples, not with copies
+        first = known[problem.id]
+        known[problem.id] += samples
+        for sample in range(first, first + samples):
+            asked.append((problem, Trajectory(problem.id, problem.task, group, sample, enable_thinking)))
+    play(engine, template, asked, sampling=sampling, seed=seed, max_turns=max_turns)
+    trajectories = [trajectory for _, trajectory in asked]
+    check_infrastructure(trajectories)
+    return trajectories
+
+
+def play(
+    engine: Engine,
+    template: ChatTemplate,
+    asked: Iterable[tuple[Problem, Trajectory]],
+    *,
+    sampling: Sampling,
+    seed: int,
+    max_turns: int,
+    finished: Callable[[Trajectory], None] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
+    """Play every fresh trajectory in place, at most `IN_FLIGHT` at once; those of one problem differ in `sample`.
+
+    `finished` is called with each the moment it ends, whatever its end. Once `stopped` says so, what is under way is
+    given up and the call returns. `group` and `sample` together name a trajectory.
+    """
     running: dict[str, Episode] = {}
     stop_ids = tuple(template.tokenizer.eos_ids)
 
@@ -62,6 +96,8 @@ def rollout(
                 )
             episode.truncate()
         if episode.done:
+            if finished is not None:
+                finished(trajectory)
             return
         params = SamplingParams(
             max_tokens=min(sampling.max_tokens, room),
@@ -77,20 +113,19 @@ def rollout(
         running[name] = episode
         engine.add(Request(name, list(trajectory.tokens), params))
 
-    episodes = []
+    waiting = iter(asked)
     prompts: dict[str, list[int]] = {}
-    asked: Counter[str] = Counter()
     try:
-        for group, problem in enumerate(problems):
-            # a problem that occurs twice in a batch goes on with fresh samples, not with copies
-            first = asked[problem.id]
-            asked[problem.id] += samples
-            for sample in range(first, first + samples):
-                trajectory = Trajectory(problem.id, problem.task, group, sample, enable_thinking)
-                episodes.append(Episode(template, problem, trajectory, max_turns))
-                episodes[-1].start(prompts)
-                submit(episodes[-1])
-        while running:
+        while not stopped():
+            fresh = list(islice(waiting, IN_FLIGHT - len(running)))
+            for problem, trajectory in fresh:
+                episode = Episode(template, problem, trajectory, max_turns)
+                episode.start(prompts)
+                submit(episode)
+            if not running:
+                if not fresh:
+                    return
+                continue
             for event in engine.step():
                 episode = running[event.id]
                 assert event.logprob is not None
@@ -100,12 +135,9 @@ def rollout(
                     episode.finish_turn(event.finish_reason, event.weight_version)
                     submit(episode)
     finally:
-        # only an exception leaves requests here; the engine may be shared and must not go on with them
+        # only an exception or a stop leaves requests here; the engine may be shared and must not go on with them
         for name in running:
             engine.abort(name)
-    trajectories = [episode.trajectory for episode in episodes]
-    check_infrastructure(trajectories)
-    return trajectories
 
 
 def check_infrastructure(trajectories: Sequence[Trajectory]) -> None:

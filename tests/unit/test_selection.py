@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from glmctl.data.chat import ChatTemplate
 from glmctl.data.tokenizer import Tokenizer
-from glmctl.distill.mixture import direct, mix, thinking
+from glmctl.distill.mixture import direct, epochs, mix, repeat, thinking
 from glmctl.distill.select import select
 from glmctl.rl.environment import StopReason
 from glmctl.rl.episode import Trajectory
@@ -71,3 +73,32 @@ def test_a_direct_conversation_has_the_same_answer_and_no_reasoning(tiny_tokeniz
     assert texts[1].endswith("Compute 2+3./nothink<|assistant|>\n<think></think>\n5")
     # the trajectory itself keeps its reasoning
     assert one.messages[1]["reasoning_content"] == "2+3=5"
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcd"), st.integers(1, 10**6), min_size=1),
+    st.data(),
+)
+def test_a_mixture_has_its_shares_and_shows_everything_at_least_once(tokens: dict[str, int], data) -> None:
+    shares = {name: data.draw(st.floats(0.01, 1.0)) for name in tokens}
+    times = epochs(tokens, shares)
+    assert min(times.values()) == 1.0
+    total = sum(times[name] * tokens[name] for name in tokens)
+    for name in tokens:
+        assert times[name] * tokens[name] / total == pytest.approx(shares[name] / sum(shares.values()))
+
+
+def test_without_shares_everything_is_shown_once() -> None:
+    assert epochs({"a": 3, "b": 900}, {}) == {"a": 1.0, "b": 1.0}
+
+
+@pytest.mark.parametrize("times", [1.0, 1.3, 2.0, 2.55])
+def test_a_part_is_repeated_as_evenly_as_it_can_be(times: float) -> None:
+    rows = mix([sample(f"p{i}", 5) for i in range(20)], 0.0, seed=0)
+    shown = repeat(rows, times, seed=1)
+    assert len(shown) == round(20 * times)
+    counts = [shown.count(row) for row in rows]
+    assert max(counts) - min(counts) <= 1
+    assert shown == repeat(rows, times, seed=1)
+    if times == 1.0:
+        assert shown == rows
