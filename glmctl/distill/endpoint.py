@@ -155,14 +155,16 @@ def incoming(reply: Any) -> tuple[Message, str]:
         message["reasoning_content"] = reasoning
     calls = []
     for call in reply.tool_calls or []:
+        name, text = call.function.name, call.function.arguments or "{}"
         try:
-            arguments = json.loads(call.function.arguments or "{}")
-        except ValueError:
-            return message, f"the arguments of {call.function.name} are not JSON"
+            arguments = json.loads(text)
+        except (ValueError, RecursionError):
+            arguments = None
         if not isinstance(arguments, dict):
-            return message, f"the arguments of {call.function.name} are no object"
-        function = {"name": call.function.name, "arguments": arguments}
-        calls.append({"type": "function", "function": function})
+            # kept as it came, for whoever looks at the rejected sample
+            message["content"] = f"{content}\n<tool_call>{name}\n{text}</tool_call>"
+            return message, f"the arguments of {name} are no JSON object"
+        calls.append({"type": "function", "function": {"name": name, "arguments": arguments}})
     if calls:
         message["tool_calls"] = calls
     stray = next((tag for tag in STRAY if tag in content), None)
