@@ -36,7 +36,7 @@ from glmctl.rl.seeds import derive_seed
 from glmctl.run import atomic
 from glmctl.run.directory import Run, resolve_model
 from glmctl.run.signals import StopFlag
-from glmctl.training.sft import finetune
+from glmctl.training.sft import encode, finetune
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,10 @@ def blend(recipe: DistillRecipe, lessons: dict[str, Lesson], template: ChatTempl
     """
     shown = dict.fromkeys(lessons, 1.0)
     if recipe.mixture:
-        sizes = {name: _trained_tokens(lesson.rows, template, recipe) for name, lesson in lessons.items()}
+        sizes = {
+            name: sum(sum(one.loss_mask) for one in encode(lesson.rows, template, recipe.loss_on))
+            for name, lesson in lessons.items()
+        }
         shown = epochs(sizes, recipe.mixture)
         console.note("shown in an epoch: " + ", ".join(f"{name} {times:.2f} times" for name, times in shown.items()))
     rows = [
@@ -154,17 +157,6 @@ def blend(recipe: DistillRecipe, lessons: dict[str, Lesson], template: ChatTempl
     ]
     random.Random(derive_seed(recipe.seed, "mixture")).shuffle(rows)
     return rows
-
-
-def _trained_tokens(rows: Sequence[Conversation], template: ChatTemplate, recipe: DistillRecipe) -> int:
-    return sum(
-        sum(
-            template.encode_training(
-                one.messages, one.tools, enable_thinking=one.enable_thinking, loss_on=recipe.loss_on
-            ).loss_mask
-        )
-        for one in rows
-    )
 
 
 def summary(
