@@ -48,6 +48,9 @@ NEXT = {
 }
 """recipe type -> what one would type after it"""
 
+PICTURED = frozenset({"distill"})
+"""recipe types whose runs compare models, and so end with a report.html of their own"""
+
 PLAIN: dict[str, Any] = {
     "rich_markup_mode": None,  # rich would double the time of --help
     "add_completion": False,
@@ -133,6 +136,10 @@ def execute(recipe: Recipe, path: Path, *, fresh: bool = False) -> dict[str, Any
             return dict(run.summary)
         summary = _driven(recipe, run)
         run.finish(summary)
+        if recipe.type in PICTURED and run.writer:
+            from glmctl.run.report import report
+
+            console.note(f"report: {report(run.path)}")
         return summary
     finally:
         run.close()

@@ -18,7 +18,8 @@ from glmctl.model.config import ModelConfig
 from glmctl.run import atomic
 from glmctl.run.charts import timeline
 from glmctl.run.headline import figure, headline, words
-from glmctl.run.report_charts import chart_sections
+from glmctl.run.report_charts import eval_section, pretrain_section, rl_section, sft_section
+from glmctl.run.report_distill import distill_section
 from glmctl.run.report_samples import reply_section, sample_section
 from glmctl.run.view import StageView, collect, of_kind, read_json
 
@@ -44,6 +45,17 @@ def report(root: Path) -> Path:
     path = root / "report.html"
     atomic.write_text(path, page.substitute(title=escape(f"{name} · glmctl"), body="\n".join(p for p in body if p)))
     return path
+
+
+def chart_sections(stages: list[StageView]) -> list[str]:
+    """One section for each kind of stage that left something to draw, in the order of a model's life."""
+    return [
+        *(pretrain_section(stage) for stage in of_kind(stages, "pretrain")),
+        sft_section(of_kind(stages, "sft")),
+        rl_section(of_kind(stages, "rl")),
+        distill_section(of_kind(stages, "distill")),
+        eval_section(of_kind(stages, "eval")),
+    ]
 
 
 # ----------------------------------------------------------------------------- head of the page

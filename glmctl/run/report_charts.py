@@ -8,20 +8,9 @@ from typing import Any
 
 from glmctl.run.charts import Mark, Point, Series, bar_chart, heat_map, line_chart
 from glmctl.run.headline import BESIDE, figure, words
-from glmctl.run.view import StageView, of_kind
+from glmctl.run.view import StageView
 
 Rows = list[dict[str, Any]]
-
-
-def chart_sections(stages: list[StageView]) -> list[str]:
-    """One section for each kind of stage that left something to draw, in the order of a model's life."""
-    return [
-        *(pretrain_section(stage) for stage in of_kind(stages, "pretrain")),
-        sft_section(of_kind(stages, "sft")),
-        rl_section(of_kind(stages, "rl")),
-        distill_section(of_kind(stages, "distill")),
-        eval_section(of_kind(stages, "eval")),
-    ]
 
 
 def section(title: str, text: str, charts: Iterable[str]) -> str:
@@ -41,7 +30,7 @@ def column(rows: Rows, x: str, name: str) -> list[Point]:
     ]
 
 
-def _window(points: Sequence[Point]) -> int:
+def window(points: Sequence[Point]) -> int:
     """How many points the bold line is the mean of: about a twenty-fifth of all."""
     return max(len(points) // 25, 2) if len(points) >= 40 else 0
 
@@ -70,7 +59,7 @@ def pretrain_section(stage: StageView) -> str:
     charts: list[str] = []
     if train or validation:
         lines = [
-            Series("train", train, smooth=_window(train)),
+            Series("train", train, smooth=window(train)),
             *(Series(name, points, markers=len(points) <= 40) for name, points in validation),
         ]
         loss = line_chart(
@@ -86,7 +75,7 @@ def pretrain_section(stage: StageView) -> str:
         charts.append(f'<div class="card wide">{loss}</div>')
     if _has(mtp, mtp_validation):
         lines = [
-            Series("train", mtp, smooth=_window(mtp), color=2),
+            Series("train", mtp, smooth=window(mtp), color=2),
             Series("validation", mtp_validation, markers=True, color=3),
         ]
         charts.append(
@@ -99,7 +88,7 @@ def pretrain_section(stage: StageView) -> str:
     if violation:
         charts.append(
             line_chart(
-                [Series("MaxVio", violation, smooth=_window(violation), color=5)],
+                [Series("MaxVio", violation, smooth=window(violation), color=5)],
                 title="Load imbalance (MaxVio)",
                 x_label=x,
                 y_label="max load / mean load - 1",
@@ -110,7 +99,7 @@ def pretrain_section(stage: StageView) -> str:
     if norm:
         charts.append(
             line_chart(
-                [Series("norm", norm, smooth=_window(norm), color=6)], title="Gradient norm", x_label=x, log_y=True
+                [Series("norm", norm, smooth=window(norm), color=6)], title="Gradient norm", x_label=x, log_y=True
             )
         )
     maps = load_maps(rows, stage.recipe.get("model") or {})
@@ -190,10 +179,10 @@ def sft_section(stages: list[StageView]) -> str:
     mtp = [(stage.name, column(stage.rows, "step", "mtp_loss")) for stage in stages]
     charts = []
     if any(points for _, points in losses):
-        lines = [Series(name, points, smooth=_window(points)) for name, points in losses]
+        lines = [Series(name, points, smooth=window(points)) for name, points in losses]
         charts.append(line_chart(lines, title="SFT loss", y_label="nats/token", log_y=True))
     if any(points for _, points in mtp):
-        lines = [Series(name, points, smooth=_window(points)) for name, points in mtp]
+        lines = [Series(name, points, smooth=window(points)) for name, points in mtp]
         charts.append(line_chart(lines, title="SFT second-next token (MTP) loss", y_label="nats/token", log_y=True))
     text = "Loss on assistant tokens and the closing role token only; prompts and tool results are masked."
     return section("Supervised fine-tuning", text, charts)
@@ -211,7 +200,7 @@ def rl_section(stages: list[StageView]) -> str:
             heldout = [(0.0, float(stage.summary["heldout_start"])), (end, float(stage.summary["heldout_end"]))]
         if _has(reward, heldout):
             lines = [
-                Series("rollout reward", reward, smooth=_window(reward)),
+                Series("rollout reward", reward, smooth=window(reward)),
                 Series("held-out accuracy", heldout, markers=True, color=1),
             ]
             title = f"Reward and held-out accuracy{tail}"
@@ -225,38 +214,10 @@ def rl_section(stages: list[StageView]) -> str:
         ):
             points = column(stage.rows, "step", name)
             if any(y for _, y in points):
-                line = Series(words(name), points, smooth=_window(points), color=color)
+                line = Series(words(name), points, smooth=window(points), color=color)
                 charts.append(line_chart([line], title=f"{title}{tail}", zero=True))
     text = "Groups of samples are rewarded by a verifier and compared within the group (GRPO, no KL term)."
     return section("Reinforcement learning", text, charts)
-
-
-def distill_section(stages: list[StageView]) -> str:
-    """Expert against hybrid for each teacher, obedience, and the student's loss."""
-    charts: list[str] = []
-    for stage in stages:
-        summary = stage.summary
-        teachers = [key[: -len("_expert")] for key in summary if key.endswith("_expert")]
-        if teachers:
-            pairs = [
-                (side, [float(summary.get(f"{name}_{side}", float("nan"))) for name in teachers])
-                for side in ("expert", "hybrid")
-            ]
-            charts.append(bar_chart(teachers, pairs, title="Held-out score: expert and hybrid", percent=True))
-        obeyed = [
-            (n, k) for n, k in (("told to think", "thinking_obeyed"), ("told not to", "direct_obeyed")) if k in summary
-        ]
-        if obeyed:
-            values = [float(summary[key]) for _, key in obeyed]
-            charts.append(
-                bar_chart([n for n, _ in obeyed], [("obeyed", values)], title="One model, two modes", percent=True)
-            )
-        loss = column(stage.rows, "step", "loss")
-        if loss:
-            line = Series("student", loss, smooth=_window(loss))
-            charts.append(line_chart([line], title="Student's SFT loss", y_label="nats/token", log_y=True))
-    text = "The experts' verified answers teach one model, from the base, to think or, on /nothink, to answer at once."
-    return section("Distillation into one hybrid model", text, charts)
 
 
 def eval_section(stages: list[StageView]) -> str:

@@ -166,11 +166,20 @@ def build_pipeline(root: Path) -> Path:
             {"step": 60, "prompt": "Compute 17+25-8.", "reply": think, "reward": 1.0},
         ],
     )
-    write_stage(
+    cell = {"thinking": 1.0, "direct": 0.0, "tokens": 31.4}
+    accuracy = {"base": (0.02, 0.0), "reasoning": (0.83, 0.1), "tools": (0.0, 0.97), "hybrid": (0.8, 0.96)}
+    distilled = write_stage(
         root,
         "distill",
         {"type": "distill"},
         {
+            "comparison": {
+                model: {d: {**cell, "accuracy": a} for d, a in zip(("reasoning", "tools"), pair, strict=True)}
+                for model, pair in accuracy.items()
+            },
+            "cost": {
+                "tools": {"samples": 520, "prompt_tokens": 90, "tokens": 5100, "seconds": 7.0, "tokens_per_second": 728}
+            },
             "reasoning_expert": 0.83,
             "reasoning_hybrid": 0.8,
             "reasoning_ratio": 0.964,
@@ -189,6 +198,16 @@ def build_pipeline(root: Path) -> Path:
             {"when": "after", "prompt": "Compute 3+4./nothink", "reply": "7", "reward": 1.0, "teacher": "reasoning"},
         ],
     )
+    example = {
+        "problem_id": "p",
+        "sample": 0,
+        "stop_reason": "answered",
+        "detail": "",
+        "prompt": HOSTILE,
+        "reply": call,
+    }
+    refused = {"terminal_state": {"count": 188, "example": example}}
+    (distilled / "rejections-tools.json").write_text(json.dumps(refused))
     write_stage(
         root,
         "eval",
@@ -286,6 +305,10 @@ def test_the_page_is_well_formed_self_contained_and_shows_every_section(tmp_path
         "long context",
         "Expert load at the end",
         "MTP drafts accepted",
+        "Held-out accuracy by domain",
+        '<td class="num"><b>83.0%</b><br><span class="kv"><i>100% thought, 31 tokens</i></span></td>',
+        '<td>terminal state</td><td class="num">188</td>',
+        "What sampling took",
         "active for a token",
         ">layer 1<",
         ">MTP<",
