@@ -26,7 +26,7 @@ CODES = tuple("0123456789")
 KINDS = {"stock": ("item", "shop", "day"), "price": ("item", "shop", "count"), "local": ("item", "owner", "day")}
 """the kinds of question, and what the state of a problem holds for each"""
 MOST_PIECES = 1_000_000
-"""more than any question asks for; keeps a runaway argument from becoming a number nobody can print"""
+"""more than any question asks for; a number with ten thousand digits cannot even be printed"""
 
 
 def _tool(name: str, /, **parameters: str) -> Tool:
@@ -59,10 +59,10 @@ class Shop:
         return str(derive_seed(self.seed, "stock", item, shop, day) % (self.max_value + 1))
 
     def price(self, item: str, shop: str, count: int) -> str:
-        """What `count` pieces cost in `shop`: count times a unit price in 1..max_value."""
+        """What `count` pieces cost in `shop`, 0..max_value: by their number too, as a discount would have it."""
         if not {item, shop} <= set(CODES) or not 1 <= count <= MOST_PIECES:
             return "error: no such item, shop or count"
-        return str(count * (1 + derive_seed(self.seed, "price", item, shop) % self.max_value))
+        return str(derive_seed(self.seed, "price", item, shop, count) % (self.max_value + 1))
 
     def shop(self, owner: str) -> str:
         """The shop that `owner` has."""
