@@ -10,7 +10,7 @@ BIN       := $(VENV)/bin
 # The doors at the root (model, kernels, ...) must never shadow an installed package of the same name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: install demo test check slow wheel ci clean
+.PHONY: install demo test check slow soak wheel ci clean
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,14 @@ check: $(VENV)/.dev
 
 slow: $(VENV)/.dev
 	$(BIN)/pytest -m 'slow or multiprocess' --timeout=900
+
+# The long forms of what check, test and slow hold in small: hours on two cores.
+soak: export GLMCTL_SOAK_REQUESTS = 20000
+soak: export GLMCTL_SOAK_KILLS = 200
+soak: export GLMCTL_SOAK_DAMAGES = 500
+soak: $(VENV)/.dev
+	$(BIN)/pytest --timeout=14400 -m 'slow or not slow' \
+		tests/faults/test_checkpoint.py tests/faults/test_serving_soak.py tests/lifecycle/test_resume.py
 
 # The wheel alone, in an empty environment, outside the checkout, runs a whole life.
 wheel:

@@ -23,7 +23,7 @@ from glmctl.recipe.schema import AdamWSpec, MuonSpec
 from glmctl.training import checkpoint
 from glmctl.training.optim import MixedOptimizer, build_optimizer
 
-MUTATIONS = 50
+MUTATIONS = int(os.environ.get("GLMCTL_SOAK_DAMAGES", "50"))
 
 
 def trained(config: ModelConfig, seed: int = 0) -> tuple[GlmMoe, MixedOptimizer]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +18,13 @@ HARNESS = Path(__file__).with_name("training_harness.py")
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All trials, run once in one program with a fixed number of threads."""
-    root = tmp_path_factory.mktemp("training")
+    return harness(tmp_path_factory.mktemp("training"))
+
+
+def harness(root: Path, *arguments: str) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    done = subprocess.run(
-        [sys.executable, str(HARNESS), str(root)], capture_output=True, text=True, check=False, env=environment
-    )
+    command = [sys.executable, str(HARNESS), str(root), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads((root / "results.json").read_text())
     return found
@@ -74,3 +77,16 @@ def test_a_damaged_newest_checkpoint_costs_steps_but_changes_nothing(results: di
     assert found["codes"] == [-9, 0]
     for key in ("rows", "samples", "model", "summary", "checkpoints"):
         assert found[key] == results["straight"][key], key
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_is_the_undisturbed_one_bit_for_bit(tmp_path: Path) -> None:
+    """Row T1 of the reliability plan; its long form is GLMCTL_SOAK_KILLS=200."""
+    kills = int(os.environ.get("GLMCTL_SOAK_KILLS", "20"))
+    results = harness(tmp_path, str(kills))
+    *killed, last = results["killed"]["codes"]
+    assert len(killed) == kills
+    assert set(killed) == {-signal.SIGKILL, -signal.SIGALRM}
+    assert last == 0
+    for key in SAME:
+        assert results["killed"][key] == results["straight"][key], key

@@ -1,6 +1,7 @@
 """Runs tiny trainings in forked processes that die at chosen points. A program for test_resume, not a test.
 
-    python training_harness.py FOLDER   -> FOLDER/results.json
+    python training_harness.py FOLDER          -> FOLDER/results.json
+    python training_harness.py FOLDER KILLS    the same of one long run that is killed that many times at random
 
 The parent imports everything once and computes nothing itself (threads do not survive a fork), so a trial costs a
 fork and not an import of torch. Every child ends by its own failpoint or runs to the end.
@@ -66,12 +67,12 @@ def prepare(root: Path) -> None:
             stream.write(json.dumps({"messages": [{"role": "user", "content": f"{a}+1"}, answer]}) + "\n")
 
 
-def pretrain_recipe(root: Path) -> PretrainRecipe:
-    """Two stages, a ramp, micro-batches, MTP and balance that switch: 15 steps."""
+def pretrain_recipe(root: Path, more: int = 0) -> PretrainRecipe:
+    """Two stages, a ramp, micro-batches, MTP and balance that switch: 15 steps, and one for each 96 tokens `more`."""
     stages = [
         {"name": "a", "data": str(root / "data"), "tokens": 640, "sequence_length": 16},
-        {"name": "b", "data": str(root / "data" / "train"), "tokens": 330, "sequence_length": 32, "rope_theta": 1e5}
-        | {"packing": "best_fit"},
+        {"name": "b", "data": str(root / "data" / "train"), "tokens": 330 + more, "sequence_length": 32}
+        | {"rope_theta": 1e5, "packing": "best_fit"},
     ]
     return PretrainRecipe.model_validate(
         {
@@ -205,6 +206,41 @@ LIVES: dict[str, list[Callable[[], None]]] = {
 SFT_LIVES = {"sft killed and stopped": [at_row(2, ask(signal.SIGTERM)), at_row(5, die)]}
 
 
+def soon(rng: random.Random) -> Callable[[], None]:
+    """5 to 90 ms after this process has trained its first step, wherever it is then."""
+
+    def arm() -> None:
+        real, started = MetricsLog.append, False
+
+        def append(self: MetricsLog, row: Any) -> None:
+            nonlocal started
+            if not started:
+                started = True
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process between any two instructions
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.005, 0.09))
+            real(self, row)
+
+        MetricsLog.append = append  # type: ignore[method-assign]
+
+    return arm
+
+
+def random_death(rng: random.Random) -> Callable[[], None]:
+    """Half of them at a random moment, half inside a save."""
+    if rng.random() < 0.5:
+        return soon(rng)
+    owner, name = rng.choice(
+        [
+            (checkpoint, "write_tensors"),
+            (atomic, "_seal"),
+            (atomic, "_replace_folder"),
+            (checkpoint.shutil, "rmtree"),
+            (os, "fsync"),
+        ]
+    )
+    return on_call(owner, name, rng.randint(1, 3))
+
+
 def child(recipe: RecipeBase, path: Path, arm: Callable[[], None] | None) -> int:
     """Run the recipe at `path` in a forked process; the exit code, or minus the signal that ended it."""
     pid = os.fork()
@@ -244,13 +280,30 @@ def outcome(path: Path, codes: list[int]) -> dict[str, Any]:
     }
 
 
-def main(root: Path) -> None:
-    """Train straight, then through every chain of lives, and write what came out."""
+def set_up(root: Path) -> None:
+    """`prepare` in a process of its own."""
     setup = os.fork()
     if setup == 0:
         prepare(root)
         os._exit(0)
     assert os.waitpid(setup, 0)[1] == 0
+
+
+def soak(root: Path, kills: int) -> None:
+    """One run killed `kills` times and one left in peace; a life is killed within a dozen steps at the latest."""
+    set_up(root)
+    recipe = pretrain_recipe(root, more=96 * 12 * kills)
+    straight = outcome(root / "straight", [child(recipe, root / "straight", None)])
+    rng = random.Random(0)
+    codes = [child(recipe, root / "killed", random_death(rng)) for _ in range(kills)]
+    codes.append(child(recipe, root / "killed", None))
+    killed = outcome(root / "killed", codes)
+    (root / "results.json").write_text(json.dumps({"straight": straight, "killed": killed}))
+
+
+def main(root: Path) -> None:
+    """Train straight, then through every chain of lives, and write what came out."""
+    set_up(root)
     results: dict[str, Any] = {}
     for recipe, straight, chains in (
         (pretrain_recipe(root), "straight", LIVES),
@@ -278,4 +331,7 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if len(sys.argv) > 2:
+        soak(Path(sys.argv[1]), int(sys.argv[2]))
+    else:
+        main(Path(sys.argv[1]))
