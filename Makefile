@@ -42,9 +42,11 @@ slow: $(VENV)/.dev
 soak: export GLMCTL_SOAK_REQUESTS = 20000
 soak: export GLMCTL_SOAK_KILLS = 200
 soak: export GLMCTL_SOAK_DAMAGES = 500
+soak: export GLMCTL_SOAK_EXAMPLES = 2000
 soak: $(VENV)/.dev
 	$(BIN)/pytest --timeout=14400 -m 'slow or not slow' \
-		tests/faults/test_checkpoint.py tests/faults/test_serving_soak.py tests/lifecycle/test_resume.py
+		tests/faults/test_checkpoint.py tests/faults/test_serving_soak.py tests/lifecycle/test_resume.py \
+		tests/lifecycle/test_schemathesis.py
 
 # The wheel alone, in an empty environment, outside the checkout, runs a whole life.
 wheel:

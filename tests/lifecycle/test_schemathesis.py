@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,6 +58,6 @@ def test_document_and_server_agree(case: Any, server: Server) -> None:
 
 @pytest.mark.slow
 @schema.parametrize()
-@settings(max_examples=200, **SETTINGS)
+@settings(max_examples=int(os.environ.get("GLMCTL_SOAK_EXAMPLES", "200")), **SETTINGS)
 def test_document_and_server_agree_at_length(case: Any, server: Server) -> None:
     case.call_and_validate(base_url=server.url, checks=CHECKED)
