@@ -198,12 +198,14 @@ def show(recipe: Recipe, path: Path) -> None:
 
 def _refuse_placeholders(recipe: Recipe) -> None:
     """`${stage}` is filled in by a pipeline; on its own a stage needs a path there."""
-    for key, value in _strings(recipe.model_dump(mode="json"), ""):
-        if re.search(r"\$\{[^}]*\}", value):
-            raise RecipeError(
-                f"{recipe.name}: {key}: '{value}' is filled in only inside a pipeline",
-                hint=f"give a path: --set {key}=PATH",
-            )
+    open_keys = [
+        key for key, value in _strings(recipe.model_dump(mode="json"), "") if re.search(r"\$\{[^}]*\}", value)
+    ]
+    if open_keys:
+        raise RecipeError(
+            f"{recipe.name}: only a pipeline fills in {', '.join(open_keys)}",
+            hint="on its own the recipe needs paths: " + " ".join(f"--set {key}=PATH" for key in open_keys),
+        )
 
 
 def _strings(value: Any, key: str) -> list[tuple[str, str]]:

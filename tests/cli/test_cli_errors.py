@@ -48,7 +48,7 @@ def one_line(stderr: str) -> str:
         ("eval .", "nothing to evaluate '.' on; name tasks with -t or problem files with --problems"),
         ("serve . --port 99999", "--port: must be less than or equal to 65535, got 99999"),
         ("convert . out --to onnx", "--to: unknown value 'onnx'; one of: hf, checkpoint, gguf, megatron"),
-        ("sft demo/sft-agent", "demo-sft-agent: model: '${pretrain}' is filled in only inside a pipeline"),
+        ("sft demo/sft-agent", "demo-sft-agent: only a pipeline fills in data.0, model"),
         ("run demo --set pretrain.sed=1 --dry-run", "demo/pretrain: set sed: unknown key; did you mean 'seed'?"),
         ("generate nowhere --prompt x", "nowhere: no such model; give a model folder or a run directory"),
     ],
