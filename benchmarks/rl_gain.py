@@ -34,7 +34,7 @@ def main() -> None:
         }.items():
             command += ["--set", f"{key}={value}"]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        result = json.loads(done.stdout.strip().splitlines()[-1])
+        result = json.loads(done.stdout)["summary"]
         rows.append({"seed": seed, **{k: result[k] for k in ("heldout_start", "heldout_end", "heldout_gain_points")}})
         print(
             "seed {seed}: {heldout_start:.3f} -> {heldout_end:.3f}  {heldout_gain_points:+.1f} points".format(
