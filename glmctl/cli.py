@@ -31,6 +31,7 @@ TABLE = {
     "convert": "Convert between run checkpoints, Hugging Face folders and GGUF files, verified.",
     "serve": "Serve a model behind an OpenAI-compatible API.",
     "generate": "Generate one reply on the terminal.",
+    "plan": "Say what a recipe needs of N devices: memory, communication, time, layouts and their cost.",
     "info": "Compare architectures: sizes, FLOPs a token, cache; every figure computed.",
     "chat": "Chat with a model on the terminal.",
     "recipe": "List, show and check recipes.",

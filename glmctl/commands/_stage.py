@@ -198,9 +198,7 @@ def show(recipe: Recipe, path: Path) -> None:
 
 def _refuse_placeholders(recipe: Recipe) -> None:
     """`${stage}` is filled in by a pipeline; on its own a stage needs a path there."""
-    open_keys = [
-        key for key, value in _strings(recipe.model_dump(mode="json"), "") if re.search(r"\$\{[^}]*\}", value)
-    ]
+    open_keys = [key for key, value in _strings(recipe.model_dump(mode="json"), "") if re.search(r"\$\{[^}]*\}", value)]
     if open_keys:
         raise RecipeError(
             f"{recipe.name}: only a pipeline fills in {', '.join(open_keys)}",

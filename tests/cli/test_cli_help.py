@@ -67,11 +67,12 @@ def test_each_command_in_the_table_has_its_module_and_no_other_exists() -> None:
     assert modules == set(TABLE)
 
 
-def test_dry_run_of_the_largest_recipe_needs_no_torch() -> None:
-    [seen] = probe(["pretrain", "glm-4.5", "--dry-run"])
-    assert seen["code"] == 0
-    assert "torch" not in seen["modules"]
-    assert "numpy" not in seen["modules"]
+def test_dry_run_and_plan_of_the_largest_recipe_need_no_torch() -> None:
+    for words in (["pretrain", "glm-4.5", "--dry-run"], ["plan", "glm-4.5/pretrain", "--devices", "512"]):
+        [seen] = probe(words)
+        assert seen["code"] == 0
+        assert "torch" not in seen["modules"]
+        assert "numpy" not in seen["modules"]
 
 
 def test_help_without_arguments_and_short(cli) -> None:
