@@ -44,7 +44,7 @@ def _training(plan: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield from _own(plan["this_version"], plan["devices"])
     if "days" in plan:
-        total = f"all stages: {console.duration(plan['days'] * 86400)}, {plan['device_hours']:,.4g} device-hours"
+        total = f"all stages: {console.duration(plan['days'] * 86400)}, {_hours(plan['device_hours'])} device-hours"
         yield total + (f", price {plan['price']:,.0f}" if "price" in plan else "")
 
 
@@ -73,7 +73,7 @@ def _layouts(options: list[dict[str, Any]]) -> Iterator[str]:
                 _seconds(one["step_seconds"]),
                 f"{one['mfu']:.0%}",
                 console.duration(one["days"] * 86400),
-                f"{one['device_hours']:,.3g}" if one["device_hours"] < 1000 else f"{one['device_hours']:,.0f}",
+                _hours(one["device_hours"]),
             ]
         )
     yield from _columns(head, rows)
@@ -132,6 +132,10 @@ def _columns(head: list[str], rows: list[list[str]]) -> Iterator[str]:
     for row in [head, *rows]:
         numbers = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
         yield "  " + "  ".join([row[0].ljust(widths[0]), *numbers]).rstrip()
+
+
+def _hours(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _size(value: float) -> str:
