@@ -8,7 +8,10 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +114,39 @@ def mutated(body: bytes, how: str, at: int, what: bytes) -> bytes:
     return body[:at] + what + body[at + (len(what) if how == "set" else 0) :]
 
 
+_watching: list[list[str]] = []
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and _watching and isinstance(arguments[0], str | bytes | os.PathLike):
+        _watching[-1].append(os.fsdecode(arguments[0]))
+
+
+@contextmanager
+def opened_files() -> Iterator[list[str]]:
+    """Paths of every file that Python code opens meanwhile, sources of modules left out."""
+    if not _watching:
+        sys.addaudithook(_watch)
+        _watching.append([])
+    found: list[str] = []
+    _watching.append(found)
+    try:
+        yield found
+    finally:
+        _watching.pop()
+        found[:] = [path for path in found if not path.endswith((".py", ".pyc", ".so"))]
+
+
+def test_opened_files_are_seen(healthy: Path) -> None:
+    with opened_files() as opened:
+        read_all(open_model(healthy))
+    assert {Path(path).name for path in opened} >= {
+        INDEX,
+        "config.json",
+        *(p.name for p in healthy.glob("*.safetensors")),
+    }
+
+
 def survive(folder: Path, name: str, steps: list[tuple[str, int, bytes]]) -> None:
     original = (folder / name).read_bytes()
     body = original
@@ -119,11 +155,13 @@ def survive(folder: Path, name: str, steps: list[tuple[str, int, bytes]]) -> Non
     (folder / name).write_bytes(body)
     problem: GlmctlError | None = None
     try:
-        read_all(open_model(folder))
+        with opened_files() as opened:
+            read_all(open_model(folder))
     except GlmctlError as error:
         problem = error
     finally:
         (folder / name).write_bytes(original)
+    assert not [path for path in opened if Path(path).resolve().parent != folder.resolve()]
     if problem is not None:
         assert problem.exit_code in (2, 3)
         assert "\n" not in problem.message
@@ -213,14 +251,17 @@ def test_a_source_cut_off_while_it_is_read(healthy: Path, tmp_path: Path) -> Non
         read_all(model)
 
 
-def test_a_full_disk_leaves_nothing_and_says_so(healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ENOSPC on the k-th flush, in the writing thread (C2)."""
+@pytest.mark.parametrize("flush", range(1, 11))
+def test_a_full_disk_leaves_nothing_and_says_so(
+    healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flush: int
+) -> None:
+    """ENOSPC at ten places, in the writing thread (C2)."""
     real, calls = os.fsync, 0
 
     def full(handle: int) -> None:
         nonlocal calls
         calls += 1
-        if calls == 2:
+        if calls == flush:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(handle)
 
