@@ -69,7 +69,7 @@ MLA = {
     "v_head_dim": 32,
 }
 MFA = {**BARE, "attention": "mfa", "num_key_value_heads": 1, "q_lora_rank": 128, "scoring_func": "softmax"}
-WIDE = {"vocab_size": 65536, "hidden_size": 384}
+WIDE = {"vocab_size": 65536}
 DEEP = {"num_hidden_layers": 24, "hidden_size": 128, "n_routed_experts": 8, "moe_intermediate_size": 128}
 MANY = {"n_routed_experts": 64, "num_experts_per_tok": 4, "num_hidden_layers": 8}
 
@@ -79,7 +79,7 @@ CASES: list[tuple[str, int, dict[str, Any], dict[str, Any]]] = [
     ("recompute", 1, {}, {"recompute": True}),
     ("micro-batches", 1, {}, {"batch.micro_tokens": 1024}),
     ("adamw", 1, {}, {"optimizer.type": "adamw"}),
-    ("large vocabulary", 1, WIDE, {}),
+    ("large vocabulary", 1, WIDE, {"batch.tokens": 2048}),
     ("deep", 1, DEEP, {}),
     ("many experts", 1, MANY, {"batch.tokens": 2048}),
     ("no mtp, long rows", 1, {"num_nextn_predict_layers": 0}, {"stages.0.sequence_length": 2048}),
@@ -87,12 +87,12 @@ CASES: list[tuple[str, int, dict[str, Any], dict[str, Any]]] = [
     ("mfa", 1, MFA, {}),
     ("checkpoint each step", 1, MANY, {"batch.tokens": 2048, "checkpoint.every_steps": 1}),
     ("muon", 2, {}, {"batch.tokens": 8192}),
-    ("large vocabulary", 2, WIDE, {}),
+    ("large vocabulary", 2, WIDE, {"batch.tokens": 2048}),
     ("many experts, adamw", 2, MANY, {"optimizer.type": "adamw"}),
     ("muon", 4, {}, {"batch.tokens": 16384}),
     ("many experts", 4, MANY, {}),
 ]
-STEPS = 4
+STEPS = 3
 
 
 def prepare(root: Path) -> None:

@@ -134,7 +134,7 @@ def train(folder: Path, name: str, model: Path, data: Path, steps: int, tokens: 
         "optimizer": {"type": "adamw", "weight_decay": 0.0},
         "schedule": {"peak_lr": 1e-4, "final_lr": 1e-5, "warmup_fraction": 0.1},
         "mtp_weight": 0.0,
-        "checkpoint": {"every_steps": steps},
+        "checkpoint": {"every_steps": 10},
     }
     recipe.write_text(yaml.safe_dump(body), encoding="utf-8")
     began = time.perf_counter()

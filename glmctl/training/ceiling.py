@@ -7,28 +7,24 @@ import time
 import torch
 
 from glmctl.model.config import ModelConfig
+from glmctl.model.cost import forward_flops
 
 SIDE = 1024
 """of the measured product: large enough to reach the machine's best rate, small enough to take a few milliseconds"""
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int, *, mtp: bool) -> float:
-    """Floating-point operations of one trained token: 6 for each matrix element it passes, forward and backward
-    (Kaplan et al. 2020, section 2.1), and 3 x the causal half of the scores and their sums over the row.
+    """Floating-point operations of one trained token: the forward's (`model.cost`) and twice as many backward
+    (Kaplan et al. 2020, section 2.1); a token sees half the row on average.
 
     `mtp` counts the MTP layer and its pass through the output matrix. Documents shorter than the row make the attention
     term an upper bound.
     """
-    c = config
-    counts = c.parameter_counts()
-    head = c.vocab_size * c.hidden_size
-    layers = c.num_hidden_layers
-    elements = counts.active + head
+    seen = (sequence_length + 1) / 2
+    forward = forward_flops(config, seen).total
     if mtp:
-        elements += counts.active_mtp + head
-        layers += 1
-    scores = 2 * sequence_length * c.num_attention_heads * c.head_dim * layers
-    return 6.0 * elements + 3.0 * scores
+        forward += forward_flops(config, seen, mtp=True).total
+    return 3.0 * forward
 
 
 def matmul_ceiling(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, repeats: int = 5) -> float:
