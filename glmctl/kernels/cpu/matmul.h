@@ -19,11 +19,12 @@ struct Matrix {
   Format format = FP32;
 
   int groups() const { return (cols + GROUP - 1) / GROUP; }
+  long bytes() const { return static_cast<long>(rows) * cols * size(); }
+  int size() const { return format == FP32 ? 4 : format == BF16 ? 2 : 1; }
   // rows from `first` on, which is a multiple of nothing in particular
   Matrix from(long first, int count) const {
-    static const int size[] = {4, 2, 1};
     Matrix part = *this;
-    part.data = static_cast<const char*>(data) + first * cols * size[format];
+    part.data = static_cast<const char*>(data) + first * cols * size();
     if (scale) part.scale = scale + first * groups();
     part.rows = count;
     return part;
@@ -96,6 +97,23 @@ static inline void tile(const Row<F> (&row)[R], const float* const* x, int cols,
 constexpr int PANEL = 16;  // rows that go through the tokens together
 constexpr int BLOCK = 64;  // tokens that go through a panel together
 
+// Memory that is needed next, asked for little by little while the processor computes: a panel that several tokens go
+// through is read in one go and then not again for a while, which leaves the memory idle.
+class Ahead {
+ public:
+  Ahead(const void* next, long bytes, int turns)
+      : at_(static_cast<const char*>(next)), end_(at_ + bytes), step_((bytes / LINE + turns - 1) / std::max(turns, 1)) {}
+  void turn() {
+    for (long i = 0; i < step_ && at_ < end_; i++, at_ += LINE) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  static constexpr long LINE = 64;
+  const char* at_;
+  const char* end_;
+  long step_;
+};
+
 // rows [first, first + R) of m (fewer at its end) times T tokens; out[t][r] with PANEL floats a token
 template <Format F, int R, int T>
 static inline void strip(const Matrix& m, int first, const float* const* x, float* const* out) {
@@ -106,9 +124,9 @@ static inline void strip(const Matrix& m, int first, const float* const* x, floa
   for (int t = 0; t < T; t++) std::memcpy(out[t], result + t * R, sizeof(float) * R);
 }
 
-// m (at most PANEL rows) times n <= BLOCK tokens; out[token * PANEL + row]
+// m (at most PANEL rows) times n <= BLOCK tokens; out[token * PANEL + row]. `source` is m as it lies in memory.
 template <Format F>
-static void panel_of(const Matrix& m, const float* const* x, int n, float* out) {
+static void panel_of(const Matrix& m, const Matrix& source, const float* const* x, int n, float* out) {
   constexpr int T4 = W >= 16 ? 4 : 2;
   constexpr int R4 = W / T4;
   // few enough rows at a time that they and T4 tokens stay in a 32 KiB cache
@@ -116,6 +134,8 @@ static void panel_of(const Matrix& m, const float* const* x, int n, float* out) 
   height = std::max(height, R4);
   int many = n - n % T4 + (n % T4 > T4 / 2 ? T4 : 0);  // tokens in whole tiles, the last one padded by repetition
   if (m.rows <= R4 && n > 1) many = (n + T4 - 1) / T4 * T4;
+  // one token's panel is read without a pause anyway
+  Ahead ahead(source.from(m.rows, 0).data, n > 1 ? source.bytes() : 0, many / T4 * ((m.rows + R4 - 1) / R4));
   for (int top = 0; top < m.rows && many; top += height)
     for (int t = 0; t < many; t += T4) {
       const float* xs[T4];
@@ -128,6 +148,7 @@ static void panel_of(const Matrix& m, const float* const* x, int n, float* out) 
       for (int r = top; r < std::min(top + height, m.rows); r += R4) {
         float* at[T4];
         for (int i = 0; i < T4; i++) at[i] = to[i] ? to[i] + r : spare;
+        ahead.turn();
         strip<F, R4, T4>(m, r, xs, at);
       }
     }
@@ -159,13 +180,13 @@ constexpr int WIDEN_FROM = 12;  // tokens from which narrow weights are widened 
 
 // m (at most PANEL rows) times n <= BLOCK tokens; out[token * PANEL + row]. `wide` has room for PANEL * cols floats.
 static void panel(const Matrix& m, const float* const* x, int n, float* out, float* wide) {
-  if (m.format == FP32) return panel_of<FP32>(m, x, n, out);
-  if (n < WIDEN_FROM) return m.format == BF16 ? panel_of<BF16>(m, x, n, out) : panel_of<INT8>(m, x, n, out);
+  if (m.format == FP32) return panel_of<FP32>(m, m, x, n, out);
+  if (n < WIDEN_FROM) return m.format == BF16 ? panel_of<BF16>(m, m, x, n, out) : panel_of<INT8>(m, m, x, n, out);
   m.format == BF16 ? widen_rows<BF16>(m, wide) : widen_rows<INT8>(m, wide);
   Matrix as_fp32 = m;
   as_fp32.format = FP32;
   as_fp32.data = wide;
-  panel_of<FP32>(as_fp32, x, n, out);
+  panel_of<FP32>(as_fp32, m, x, n, out);
 }
 
 // x * weight / sqrt(mean(x^2) + eps)

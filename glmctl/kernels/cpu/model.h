@@ -3,6 +3,7 @@
 
 #include <array>
 #include <memory>
+#include <new>
 
 #include "matmul.h"
 #include "pool.h"
@@ -42,9 +43,23 @@ struct Batch {
   float *logits, *hidden_out;
 };
 
+// Memory at the beginning of a cache line: a whole vector then never lies in two of them.
+template <class T>
+struct LineAligned {
+  using value_type = T;
+  static constexpr std::align_val_t LINE{64};
+  LineAligned() = default;
+  template <class U>
+  LineAligned(const LineAligned<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), LINE)); }
+  void deallocate(T* p, size_t) { ::operator delete(p, LINE); }
+  bool operator==(const LineAligned&) const { return true; }
+  bool operator!=(const LineAligned&) const { return false; }
+};
+
 template <class T>
 struct Room {
-  std::vector<T> held;
+  std::vector<T, LineAligned<T>> held;
   T* fit(size_t count) {
     if (held.size() < count) held.resize(count + count / 4);
     return held.data();

@@ -50,13 +50,14 @@ class Model {
     }
     b = batch;
     const long N = b.rows;
-    runs_ = runs_of(b);
+    runs_ = runs_of(c, b);
     x_.fit(N * c.hidden);
     normed_.fit(N * 2 * c.hidden);
     qkv_.fit(N * qkv_width());
     mixed_.fit(N * c.heads * c.head_dim);
     cos_sin_.fit(N * c.rotary);
     wide_.resize(pool_->threads());
+    attention_.resize(pool_->threads());
     pool_->run([this](int t) { b.hidden_in ? draft(t) : decode(t); });
   }
 
@@ -127,7 +128,8 @@ class Model {
     });
     pool_->phase(t, [this] { return static_cast<long>(runs_.size() * c.kv_heads); }, [&](int unit) {
       const Run& run = runs_[unit / c.kv_heads];
-      attend(c, b, run, unit % c.kv_heads, qkv_.data(), qkv_width(), b.keys[l], b.values[l], mixed_.data());
+      attention_[t].attend(c, b, run, unit % c.kv_heads, qkv_.data(), qkv_width(), b.keys[l], b.values[l],
+                           mixed_.data());
     });
     accumulate(t, c.heads * c.head_dim, own.slot[O], mixed_.data(), {});
     normalise(t, own.vector(POST_NORM));
@@ -285,7 +287,7 @@ class Model {
     const int end = std::min(top + job.item_rows, job.weight.rows);
     const bool pair = job.up.data;
     float* wide = wide_[t].fit(PANEL * job.weight.cols);
-    float first[BLOCK * PANEL], second[BLOCK * PANEL];
+    alignas(64) float first[BLOCK * PANEL], second[BLOCK * PANEL];
     const float* x[BLOCK];
     for (int from = 0; from < job.count; from += BLOCK) {
       int n = std::min(BLOCK, job.count - from);
@@ -336,7 +338,7 @@ class Model {
   void add_product(int t, const Matrix& m, long base, const float* inputs, long width, const int* tokens,
                    const float* weights, int count, EachPanel each_panel) {
     float* wide = wide_[t].fit(PANEL * m.cols);
-    float made[BLOCK * PANEL];
+    alignas(64) float made[BLOCK * PANEL];
     const float* x[BLOCK];
     for (int from = 0; from < count; from += BLOCK) {
       int n = std::min(BLOCK, count - from);
@@ -374,6 +376,7 @@ class Model {
   long items_ = 0;
   std::vector<Group> groups_;
   std::vector<Room<float>> wide_;
+  std::vector<Attention> attention_;
   Room<float> x_, normed_, qkv_, mixed_, cos_sin_, inner_, routed_, scores_, chosen_weight_, sorted_weight_;
   Room<int64_t> chosen_;
   Room<int> sorted_token_, wanted_;
@@ -431,7 +434,7 @@ void glm_set(glm::Model* model, int layer, int slot, const void* data, const flo
 }
 
 // token, position, sequence [rows] and wanted_rows [wanted] int64; table [sequences, max_blocks] int32; keys, values:
-// one pointer a layer to [blocks, kv heads, block size, head dim] fp32. logits [wanted, vocab], hidden_out [rows, hidden].
+// one pointer a layer to fp32 [blocks, kv heads, head dim, block size] and [blocks, kv heads, block size, head dim]. logits [wanted, vocab], hidden_out [rows, hidden].
 // With hidden_in [rows, hidden] it is the MTP layer's step, whose place 0 is never written and never read. Returns 0, or 1 + the first row that points outside.
 int glm_step(glm::Model* model, int rows, const int64_t* token, const int64_t* position, const int64_t* sequence,
              const int32_t* table, int sequences, int max_blocks, int blocks, int block_size, float* const* keys,
