@@ -1,8 +1,6 @@
-"""FP8 weights in the two layouts that are in use, both directions (spec section 1.6).
+"""FP8 weights in the two layouts that are in use, both directions (spec section 1.6, `model.fp8`).
 
-`fp8-channel` is that of the released GLM-4.5-FP8 checkpoints: compressed-tensors, E4M3, one fp32 `weight_scale` for
-each output row. `fp8-block` is DeepSeek-V3's, which rollout engines take: one fp32 `weight_scale_inv` for each 128x128
-block. In both a weight is `fp8 * scale`, the "inv" of the second notwithstanding.
+`fp8-channel` is that of the released GLM-4.5-FP8 checkpoints, `fp8-block` DeepSeek-V3's, which rollout engines take.
 """
 
 from __future__ import annotations
@@ -17,75 +15,32 @@ import torch
 from torch import Tensor
 
 from glmctl.convert.stored import BLOCK_BYTES, Stored, from_file
-from glmctl.errors import DataError
+from glmctl.model.fp8 import BLOCK, LARGEST, SCALE, SMALLEST_AMAX, Scaled, is_scale, scaled_weights
 from glmctl.model.tensor_file import TensorFile
-
-BLOCK = 128
-LARGEST = 448.0
-"""of E4M3"""
-SMALLEST_AMAX = 1e-12
-"""keeps a row of zeros from dividing by zero"""
-
-SCALE = {"fp8-channel": "_scale", "fp8-block": "_scale_inv"}
-"""what is appended to a weight's name"""
-
-_TYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-
 
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def is_scale(name: str) -> bool:
-    """Whether a tensor of a folder is the scale of another."""
-    return name.endswith(tuple("weight" + ending for ending in SCALE.values()))
-
-
-def dequantised(files: Mapping[str, TensorFile], description: Mapping[str, Any], where: Path) -> dict[str, Stored]:
+def dequantised(files: Mapping[str, TensorFile], description: Any, where: Path) -> dict[str, Stored]:
     """The tensors of an FP8 folder without their scales, FP8 ones as fp32 (exactly), the others as they are.
 
-    description: the `quantization_config` of `where`. DataError for another method, a weight without its scale, a
-    scale without its weight, or one of the wrong shape.
+    description: the `quantization_config` of `where`. DataError as `model.fp8.scaled_weights` raises it.
     """
-    method = description.get("quant_method")
-    if method not in ("compressed-tensors", "fp8"):
-        raise DataError(f"{where}: quantization method {method!r} is not supported; compressed-tensors and fp8 are")
-    block = description.get("weight_block_size") or [BLOCK, BLOCK]
-    if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
-        raise DataError(f"{where}: weight_block_size is {block!r}, expected two positive numbers")
+    scaled = scaled_weights(files, description, where)
     result: dict[str, Stored] = {}
     for name, file in files.items():
-        if is_scale(name):
-            scaled = name.removesuffix("_inv").removesuffix("_scale")
-            if scaled not in files or files[scaled].slots[scaled].dtype not in _TYPES:
-                raise DataError(f"{file.path}: tensor '{name}' scales nothing: there is no FP8 '{scaled}'")
-            continue
-        if file.slots[name].dtype not in _TYPES:
+        if name in scaled:
+            scale = from_file(files[scaled[name].name], scaled[name].name)
+            result[name] = _dequantised(from_file(file, name), scale, scaled[name])
+        elif not is_scale(name):
             result[name] = from_file(file, name)
-            continue
-        ending = next((e for e in SCALE.values() if name + e in files), None)
-        if ending is None:
-            raise DataError(f"{file.path}: tensor '{name}' is FP8 and has no scale")
-        scale = files[name + ending]
-        weight = from_file(file, name)
-        size = (1, max(1, weight.width)) if ending == "_scale" else (block[0], block[1])
-        result[name] = _dequantised(
-            weight, from_file(scale, name + ending), size, f"{scale.path}: tensor '{name + ending}'"
-        )
     return result
 
 
-def _dequantised(weight: Stored, scale: Stored, size: tuple[int, int], what: str) -> Stored:
-    height, width = size
-    expected = (math.ceil(weight.rows / height), math.ceil(weight.width / width))
-    if scale.shape != expected or not scale.dtype.is_floating_point:
-        raise DataError(f"{what} is {scale.dtype} {list(scale.shape)}, expected float {list(expected)}")
-
+def _dequantised(weight: Stored, scale: Stored, scaled: Scaled) -> Stored:
     def read(start: int, stop: int) -> Tensor:
-        first = start // height
-        scales = scale.read_rows(first, math.ceil(stop / height)).float()
-        by_row = scales.repeat_interleave(height, 0)[start - first * height : stop - first * height]
-        by_column = by_row if by_row.shape[1] == 1 else by_row.repeat_interleave(width, 1)[:, : weight.width]
-        return weight.read_rows(start, stop).float() * by_column
+        scales = scale.read_rows(start // scaled.height, math.ceil(stop / scaled.height))
+        return weight.read_rows(start, stop).float() * scaled.spread(scales, start, stop, weight.width)
 
     return Stored(weight.shape, torch.float32, read)
 

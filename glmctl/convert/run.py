@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from glmctl import console
-from glmctl.convert.fp8 import SCALE, ErrorReport
+from glmctl.convert.fp8 import ErrorReport
 from glmctl.convert.gguf_export import write_gguf
 from glmctl.convert.lora import merge_lora
 from glmctl.convert.source import STATE, WEIGHTS, StoredModel, check_copies, open_model
@@ -17,6 +17,7 @@ from glmctl.convert.upcycle import upcycle
 from glmctl.convert.verify import compare, logit_difference
 from glmctl.convert.write import Folder, write_checkpoint, write_folder, write_fp8, write_megatron
 from glmctl.errors import DataError
+from glmctl.model.fp8 import SCALE
 from glmctl.recipe.schema import ConvertRecipe
 from glmctl.run import atomic
 from glmctl.run.directory import Run

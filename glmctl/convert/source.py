@@ -13,13 +13,14 @@ import torch
 from pydantic import ValidationError
 
 from glmctl.convert.dense import FAMILIES, dense_config
-from glmctl.convert.fp8 import dequantised, is_scale
+from glmctl.convert.fp8 import dequantised
 from glmctl.convert.gguf_import import read_gguf
 from glmctl.convert.megatron import NAMES, from_megatron, to_megatron
 from glmctl.convert.stored import Stored, cast, concatenated, equal, from_file, missing, section
 from glmctl.errors import DataError, RecipeError
 from glmctl.model.config import ModelConfig
 from glmctl.model.folder import check_tensors, load_config, open_tensors, read_json
+from glmctl.model.fp8 import is_scale
 from glmctl.model.network import GlmMoe
 from glmctl.model.tensor_file import TensorFile
 from glmctl.model.weights import Entry, entries, memory_shapes
@@ -124,7 +125,7 @@ def _open_folder(source: Source) -> StoredModel:
     path = source.path / "config.json"
     body = read_json(path, "a model folder has a config.json")
     dense = body.get("model_type") in FAMILIES
-    config = dense_config(body, path) if dense else load_config(source.path, quantised=True)
+    config = dense_config(body, path) if dense else load_config(source.path)
     files = open_tensors(source.path)
     description = body.get("quantization_config")
     if body.get("tensor_names") == NAMES:
@@ -138,7 +139,7 @@ def _open_folder(source: Source) -> StoredModel:
         found = {name: from_file(file, name) for name, file in files.items()}
     else:
         check_tensors(source.path, config, {name: file for name, file in files.items() if not is_scale(name)})
-        found = dequantised(files, description if isinstance(description, dict) else {}, path)
+        found = dequantised(files, description, path)
     tensors = {entry.disk: found[entry.disk] for entry in entries(config) if entry.disk in found}
     for name, tensor in tensors.items():
         if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:

@@ -17,16 +17,22 @@ from glmctl.engine.runner import StepBatch, StepOutput
 from glmctl.kernels.cpu.library import library
 from glmctl.model.network import GlmMoe
 
+_SPAN = 256
+"""of attention.h: a block lies inside one span"""
+
 
 class NativeRunner:
     """`engine.runner.Runner` in C++ for a model on the CPU and an fp32 cache; activations are fp32.
 
-    weights: the matrices as the model stores them, without a copy, or packed to bf16 or int8. Uses as many threads
-    as torch does. Raises EnvironmentProblem where the code cannot be compiled.
+    weights: the matrices as the model stores them, without a copy, or packed to bf16, int8 or FP8. Uses as many
+    threads as torch does. Raises EnvironmentProblem where the code cannot be compiled.
+
+    In the cache's `keys` a block lies as [K, d, places], with dimensions before places (`attention.h`).
     """
 
     def __init__(self, model: GlmMoe, cache: PagedCache, *, weights: WeightFormat = "stored") -> None:
         assert all(t.dtype == torch.float32 and t.is_contiguous() for t in (*cache.keys, *cache.values))
+        assert cache.block_size <= _SPAN
         self.model, self.cache = model, cache
         self._library = library()
         self._weights = NativeWeights(model, weights, torch.get_num_threads())

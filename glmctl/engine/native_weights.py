@@ -10,16 +10,19 @@ from torch import Tensor, nn
 
 from glmctl.kernels.cpu.library import library
 from glmctl.model.block import DecoderLayer, Mlp, MoE
+from glmctl.model.fp8 import BLOCK, Fp8Scales
 from glmctl.model.network import GlmMoe
 from glmctl.model.projections import Attention
 
-WeightFormat = Literal["stored", "bf16", "int8"]
-"""of the matrices: as the model stores them (fp32 or bf16, without a copy), or packed to bf16 or group-wise int8"""
+WeightFormat = Literal["stored", "bf16", "int8", "fp8"]
+"""of the matrices: as the model stores them (fp32 or bf16, no copy), or packed to bf16, group-wise int8 or FP8"""
 
 INT8_GROUP = 64
 """columns that share an int8 scale: 1.0625 bytes a weight, as many as llama.cpp's Q8_0"""
+FP8_GROUP = 128
+"""columns that share an FP8 scale in memory, whatever the layout: 1.03125 bytes a weight"""
 
-_FP32, _BF16, _INT8 = 0, 1, 2
+_FP32, _BF16, _INT8, _FP8 = 0, 1, 2, 3
 _CODES = {torch.float32: _FP32, torch.bfloat16: _BF16}
 
 # in the order of model.h
@@ -30,6 +33,8 @@ _SLOTS = (
 _WHOLE = ("embedding", "head", "final_norm", "mtp_norm", "inverse_frequencies")
 _UNPACKED = {"embedding", "router"}
 """read by row or decisive for the choice of experts: kept as stored"""
+_FP8_UNPACKED = _UNPACKED | {"head", "eh"}
+"""FP8 checkpoints keep these too (spec section 1.6)"""
 
 
 class NativeWeights:
@@ -62,6 +67,7 @@ class NativeWeights:
     def refresh(self) -> None:
         """Take the parameters as they are now. In place nothing is copied; packed formats are packed again."""
         model, c = self.model, self.model.config
+        self._scales = {id(p): model.fp8_scales[n] for n, p in model.named_parameters() if n in model.fp8_scales}
         self._matrix(-1, "embedding", model.embed_tokens.weight)
         self._matrix(-1, "head", model.head_weight)
         self._vector(-1, "final_norm", model.norm.weight)
@@ -106,8 +112,10 @@ class NativeWeights:
         if isinstance(layer.mlp, MoE):
             self._matrix(index, "router", layer.mlp.gate.weight)
             self._vector(index, "router_bias", layer.mlp.gate.e_score_correction_bias)
-            self._matrix(index, "experts_gate_up", layer.mlp.experts.gate_up_proj)
-            self._matrix(index, "experts_down", layer.mlp.experts.down_proj)
+            self._matrix(
+                index, "experts_gate_up", layer.mlp.experts.gate_up_proj, self.model.config.moe_intermediate_size
+            )
+            self._matrix(index, "experts_down", layer.mlp.experts.down_proj, self.model.config.hidden_size)
             if layer.mlp.shared_experts is not None:
                 self._mlp(index, layer.mlp.shared_experts)
         else:
@@ -127,21 +135,38 @@ class NativeWeights:
         kept = vector.detach().to(torch.float32).contiguous()
         self._set(layer, name, (kept,), 1, kept.numel(), _FP32)
 
-    def _matrix(self, layer: int, name: str, weight: Tensor) -> None:
-        """weight [..., rows, cols]; leading dimensions are more rows."""
+    def _matrix(self, layer: int, name: str, weight: Tensor, matrix_rows: int | None = None) -> None:
+        """weight [..., rows, cols]; leading dimensions are more rows, `matrix_rows` of them a matrix (default: all)."""
         source = weight.detach().contiguous()
         if source.dtype not in _CODES:
             source = source.float()
         stored = _CODES[source.dtype]
-        wanted = {"stored": stored, "bf16": _BF16, "int8": _INT8}[self.format]
+        wanted = {"stored": stored, "bf16": _BF16, "int8": _INT8, "fp8": _FP8}[self.format]
         rows, cols = source.numel() // source.shape[-1], source.shape[-1]
-        if wanted == stored or name in _UNPACKED:
+        if wanted == stored or name in (_FP8_UNPACKED if wanted == _FP8 else _UNPACKED):
             self._set(layer, name, (source,), rows, cols, stored)
             return
         packed = self._kept.get((layer, name)) or _room(rows, cols, wanted)
-        scale = packed[1].data_ptr() if len(packed) > 1 else None
-        self._library.glm_pack(source.data_ptr(), stored, rows, cols, wanted, packed[0].data_ptr(), scale, self.threads)
+        if wanted == _FP8:
+            self._pack_fp8(source, self._scales.get(id(weight)), matrix_rows or rows, packed)
+        else:
+            scale = packed[1].data_ptr() if len(packed) > 1 else None
+            self._library.glm_pack(
+                source.data_ptr(), stored, rows, cols, wanted, packed[0].data_ptr(), scale, self.threads
+            )
         self._set(layer, name, packed, rows, cols, wanted)
+
+    def _pack_fp8(self, source: Tensor, scales: Fp8Scales | None, matrix_rows: int, packed: tuple[Tensor, ...]) -> None:
+        """Blocks and scales are those the weights came with where there are any, else those of `model.fp8.BLOCK`."""
+        rows, cols = source.numel() // source.shape[-1], source.shape[-1]
+        height, width, given = BLOCK, BLOCK, None
+        if scales is not None and (scales.width % FP8_GROUP == 0 or scales.width >= cols):
+            height, width, given = scales.height, scales.width, scales.scale_MRC.contiguous()
+            assert given.shape[0] * matrix_rows == rows
+        self._library.glm_pack_fp8(
+            source.data_ptr(), _CODES[source.dtype], rows, cols, matrix_rows, height, width,
+            None if given is None else given.data_ptr(), packed[0].data_ptr(), packed[1].data_ptr(), self.threads,
+        )  # fmt: skip
 
     def _set(self, layer: int, name: str, kept: tuple[Tensor, ...], rows: int, cols: int, format: int) -> None:
         """Point a slot at memory, which stays alive as long as it is pointed at."""
@@ -154,5 +179,5 @@ class NativeWeights:
 def _room(rows: int, cols: int, format: int) -> tuple[Tensor, ...]:
     if format == _BF16:
         return (torch.empty(rows, cols, dtype=torch.bfloat16),)
-    groups = -(-cols // INT8_GROUP)
-    return torch.empty(rows, cols, dtype=torch.int8), torch.empty(rows, groups, dtype=torch.float32)
+    dtype, group = (torch.float8_e4m3fn, FP8_GROUP) if format == _FP8 else (torch.int8, INT8_GROUP)
+    return torch.empty(rows, cols, dtype=dtype), torch.empty(rows, -(-cols // group), dtype=torch.float32)

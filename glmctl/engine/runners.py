@@ -11,6 +11,7 @@ import torch
 from glmctl import console
 from glmctl.engine.cache import PagedCache
 from glmctl.engine.native import NativeRunner
+from glmctl.engine.native_weights import WeightFormat
 from glmctl.engine.runner import Runner
 from glmctl.engine.torch_runner import TorchRunner
 from glmctl.errors import EnvironmentProblem, GlmctlError, unknown
@@ -20,6 +21,10 @@ from glmctl.model.network import GlmMoe
 from glmctl.recipe.use import RunnerName
 
 MakeRunner = Callable[[GlmMoe, PagedCache], Runner]
+
+_FORMATS: dict[str, WeightFormat] = {
+    "native": "stored", "native-bf16": "bf16", "native-int8": "int8", "native-fp8": "fp8",
+}  # fmt: skip
 
 
 def runner_named(name: RunnerName) -> MakeRunner:
@@ -52,9 +57,7 @@ def _native(name: RunnerName, model: GlmMoe, cache: PagedCache) -> Runner:
         raise GlmctlError(f"runner: '{name}' computes GLM's architecture; this model has {foreign}")
     if cache.keys[0].dtype != torch.float32:
         raise GlmctlError(f"runner: '{name}' keeps keys and values in fp32; load the model with dtype float32")
-    if name == "native-bf16":
-        return NativeRunner(model, cache, weights="bf16")
-    return NativeRunner(model, cache, weights="int8" if name == "native-int8" else "stored")
+    return NativeRunner(model, cache, weights=_FORMATS[name])
 
 
 def _foreign(config: ModelConfig) -> str | None:

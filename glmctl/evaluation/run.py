@@ -16,6 +16,7 @@ from typing import Any
 from glmctl import console
 from glmctl.data.chat import ChatTemplate
 from glmctl.engine.engine import Engine
+from glmctl.engine.rounding import round_weights
 from glmctl.errors import RecipeError, unknown
 from glmctl.evaluation.catalog import OWN_TASKS
 from glmctl.evaluation.results import add_verified, by_task, document, write_json, write_rows
@@ -50,6 +51,8 @@ def run(recipe: EvalRecipe, run: Run) -> dict[str, Any]:
     with atomic.publish(run.export) as export, console.progress("evaluating", total, unit="task") as progress:
         for name, folder in folders.items():
             model, template = load_model(folder), ChatTemplate.load(folder)
+            if name in recipe.weights:
+                round_weights(model, recipe.weights[name])
             one = _Evaluation(recipe, name, model, template, problems, export / name, samples)
             for key, value in one.measure(progress).items():
                 summary[f"{name}/{key}"] = value
@@ -208,7 +211,7 @@ class _Evaluation:
         config = {
             "model_args": {"pretrained": recipe.models[self.name]},
             "model_num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "model_dtype": str(self.model.dtype),
+            "model_dtype": recipe.weights.get(self.name, str(self.model.dtype)),
             **recipe.model_dump(
                 mode="json",
                 include={"limit", "num_fewshot", "bootstrap_iters", "sampling", "samples_per_problem", "max_turns"},

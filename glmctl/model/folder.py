@@ -14,6 +14,7 @@ from torch import Tensor
 
 from glmctl.errors import DataError, nearest
 from glmctl.model.config import ModelConfig
+from glmctl.model.fp8 import Fp8Scales, Scaled, is_scale, scaled_weights
 from glmctl.model.network import GlmMoe
 from glmctl.model.tensor_file import MAX_HEADER_BYTES, TensorFile, write_tensors
 from glmctl.model.weights import Entry, entries
@@ -23,20 +24,12 @@ INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
-def load_config(folder: Path, *, quantised: bool = False) -> ModelConfig:
-    """Read `config.json`. Raises DataError when it is absent, unreadable, or of another architecture.
-
-    quantised: let a `quantization_config` pass, for a caller that can read such weights.
-    """
+def load_config(folder: Path) -> ModelConfig:
+    """Read `config.json`. Raises DataError when it is absent, unreadable, or of another architecture."""
     body = read_json(folder / "config.json", "a model folder has a config.json")
     path = folder / "config.json"
     if "model_type" not in body:
         raise DataError(f"{path}: no model_type")
-    if body.get("quantization_config") and not quantised:
-        raise DataError(
-            f"{path}: quantised weights are not supported here",
-            hint=f"`glmctl convert {folder} DST --dtype bfloat16` writes plain ones",
-        )
     try:
         return ModelConfig.from_hf(body)
     except ValidationError as error:
@@ -50,23 +43,28 @@ def load_config(folder: Path, *, quantised: bool = False) -> ModelConfig:
 def load_model(folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> GlmMoe:
     """Build the model of a folder and fill it.
 
-    dtype None keeps the files' dtype (the widest, where they mix). Router biases are always fp32. The MTP layer's
-    repetitions of embedding and head may be absent, and must equal the originals where present. Raises DataError
-    naming the file and the tensor when one is missing, unknown, of the wrong shape, repeated or cut off.
+    dtype None keeps the files' dtype (the widest, where they mix; fp32 for FP8, which that holds exactly). Router
+    biases are always fp32. The MTP layer's repetitions of embedding and head may be absent, and must equal the
+    originals where present. Raises DataError naming the file and the tensor when one is missing, unknown, of the wrong
+    shape, repeated or cut off, and for a quantization other than FP8.
     """
     folder = Path(folder)
     config = load_config(folder)
     files = open_tensors(folder)
-    wanted = check_tensors(folder, config, files)
+    description = read_json(folder / "config.json", "").get("quantization_config")
+    scaled = {} if description is None else scaled_weights(files, description, folder / "config.json")
+    listed = files if description is None else {name: file for name, file in files.items() if not is_scale(name)}
+    wanted = check_tensors(folder, config, listed)
     if dtype is None:
-        dtype = _common_dtype(wanted, files)
+        dtype = _common_dtype(wanted, files, scaled)
     model = GlmMoe(config, device="meta", dtype=dtype)
     model.to_empty(device=device)
     state = dict(model.state_dict())
     for name, entry in wanted.items():
         if not entry.copy:
-            entry.view(state[entry.memory]).copy_(files[name].read(name))
+            entry.view(state[entry.memory]).copy_(_read(files, name, scaled.get(name)))
     _check_copies(wanted, files)
+    model.fp8_scales = _scales(wanted, files, scaled)
     model.stores_mtp_copies = any(entry.copy and name in files for name, entry in wanted.items())
     return model
 
@@ -234,15 +232,43 @@ def _check_copies(wanted: Mapping[str, Entry], files: Mapping[str, TensorFile]) 
             )
 
 
-def _common_dtype(wanted: Mapping[str, Entry], files: Mapping[str, TensorFile]) -> torch.dtype:
+def _read(files: Mapping[str, TensorFile], name: str, scaled: Scaled | None) -> Tensor:
+    tensor = files[name].read(name)
+    if scaled is None:
+        return tensor
+    rows = tensor.reshape(-1, tensor.shape[-1]).float()
+    scale = files[scaled.name].read(scaled.name)
+    return (rows * scaled.spread(scale, 0, *rows.shape)).view(tensor.shape)
+
+
+def _scales(
+    wanted: Mapping[str, Entry], files: Mapping[str, TensorFile], scaled: Mapping[str, Scaled]
+) -> dict[str, Fp8Scales]:
+    """By parameter, those whose matrices are all FP8, in blocks of one size."""
+    parts: dict[str, list[tuple[int, int, Scaled | None]]] = {}
+    for name, entry in wanted.items():
+        if not entry.copy and len(entry.shape) == 2:
+            parts.setdefault(entry.memory, []).append((entry.expert or 0, entry.half or 0, scaled.get(name)))
+    result: dict[str, Fp8Scales] = {}
+    for memory, found in parts.items():
+        ordered = [one for _, _, one in sorted(found, key=lambda part: part[:2]) if one is not None]
+        if len(ordered) == len(found) and len({(one.height, one.width) for one in ordered}) == 1:
+            stacked = torch.stack([files[one.name].read(one.name).float() for one in ordered])
+            result[memory] = Fp8Scales(stacked, ordered[0].height, ordered[0].width)
+    return result
+
+
+def _common_dtype(
+    wanted: Mapping[str, Entry], files: Mapping[str, TensorFile], scaled: Mapping[str, Scaled]
+) -> torch.dtype:
     result: torch.dtype | None = None
     for name, entry in wanted.items():
         if name not in files or entry.memory.endswith("e_score_correction_bias"):
             continue
-        slot = files[name].slots[name]
-        if not slot.dtype.is_floating_point or slot.dtype.itemsize < 2:
-            raise DataError(f"{files[name].path}: tensor '{name}' is {slot.dtype}, expected floating point")
-        result = slot.dtype if result is None else torch.promote_types(result, slot.dtype)
+        own = torch.float32 if name in scaled else files[name].slots[name].dtype
+        if not own.is_floating_point or own.itemsize < 2:
+            raise DataError(f"{files[name].path}: tensor '{name}' is {own}, expected floating point")
+        result = own if result is None else torch.promote_types(result, own)
     assert result is not None
     return result
 

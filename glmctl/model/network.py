@@ -13,6 +13,7 @@ from glmctl.model.attention import Sight, choose_sight
 from glmctl.model.block import DecoderLayer, MoE
 from glmctl.model.cache import KVCache
 from glmctl.model.config import ModelConfig
+from glmctl.model.fp8 import Fp8Scales
 from glmctl.model.projections import Pass, RmsNorm
 from glmctl.model.router import Router, RouterStats
 
@@ -56,6 +57,8 @@ class GlmMoe(nn.Module):
             self.mtp = MtpLayer(self, dtype=dtype) if config.num_nextn_predict_layers else None
         self.recompute = False
         """keep only each layer's input for the backward: less memory for a third more time"""
+        self.fp8_scales: dict[str, Fp8Scales] = {}
+        """by parameter, of weights that were loaded from FP8"""
         self.stores_mtp_copies = True
         """whether the folder format repeats embedding and head inside the MTP layer: GLM-4.5 does, 4.6 does not"""
         target = torch.device(device) if device is not None else torch.get_default_device()

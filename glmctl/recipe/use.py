@@ -8,8 +8,11 @@ from pydantic import Field, model_validator
 
 from glmctl.recipe.sections import RecipeBase, Sampling, Section
 
-RunnerName = Literal["auto", "torch", "native", "native-bf16", "native-int8"]
+RunnerName = Literal["auto", "torch", "native", "native-bf16", "native-int8", "native-fp8"]
 """who computes the engine's steps, and for the native ones in which format the weights are (docs/native-decoder.md)"""
+
+RoundedFormat = Literal["bf16", "int8", "fp8-block", "fp8-channel"]
+"""bf16 and int8 as `native-bf16` and `native-int8` pack; FP8 as `convert` writes it, `native-fp8` in blocks"""
 
 
 class EvalRecipe(RecipeBase):
@@ -17,6 +20,9 @@ class EvalRecipe(RecipeBase):
 
     type: Literal["eval"] = "eval"
     models: dict[str, str] = Field(min_length=1)
+    weights: dict[str, RoundedFormat] = Field(
+        {}, description="model -> packed format that its weights are rounded to first: what a quantised runner loses"
+    )
     tasks: list[str] = Field([], description="lm-eval task names; ours are listed by `glmctl eval --list`")
     problems: dict[str, str] = Field({}, description="task name -> problem file, scored by its verifier")
     perplexity_texts: list[str] = Field([], description="JSON lines for glmctl_perplexity; none = the set that ships")
@@ -33,6 +39,13 @@ class EvalRecipe(RecipeBase):
     batch_tokens: int = Field(8192, gt=0, description="most tokens in one forward pass")
     max_slots: int = Field(64, gt=0, description="requests that generate at once")
     bootstrap_iters: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _rounds_its_models(self) -> EvalRecipe:
+        for name in self.weights:
+            if name not in self.models:
+                raise ValueError(f"weights: '{name}' is none of the models: {', '.join(self.models)}")
+        return self
 
     @model_validator(mode="after")
     def _samples_differ(self) -> EvalRecipe:

@@ -16,6 +16,7 @@ from glmctl.engine import runners
 from glmctl.engine.cache import PagedCache
 from glmctl.engine.native import NativeRunner
 from glmctl.engine.native_weights import INT8_GROUP, WeightFormat
+from glmctl.engine.rounding import round_weights
 from glmctl.engine.runner import StepBatch
 from glmctl.engine.runners import runner_named
 from glmctl.engine.torch_runner import TorchRunner
@@ -23,6 +24,7 @@ from glmctl.errors import EnvironmentProblem, GlmctlError
 from glmctl.kernels.cpu import library as native_library
 from glmctl.model.config import ModelConfig
 from glmctl.model.network import GlmMoe
+from glmctl.recipe.use import RoundedFormat
 
 PLACES = 48
 Piece = tuple[int, int, int]
@@ -198,20 +200,80 @@ def dequantised(weight: Tensor) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def dequantised_fp8(weight: Tensor) -> Tensor:
+    """The definition of the FP8 format (spec section 1.6): E4M3 with a scale for each 128 x 128 block of a matrix."""
+    out = torch.empty_like(weight)
+    for rows in range(0, weight.shape[0], 128):
+        for cols in range(0, weight.shape[1], 128):
+            block = weight[rows : rows + 128, cols : cols + 128]
+            scale = block.abs().amax().clamp_min(1e-12) / 448
+            out[rows : rows + 128, cols : cols + 128] = (block / scale).to(torch.float8_e4m3fn).float() * scale
+    return out
+
+
+def rounded_by_definition(model: GlmMoe, weights: WeightFormat) -> None:
+    kept = (
+        "embed_tokens.weight",
+        "mlp.gate.weight",
+        *(("lm_head.weight", "eh_proj.weight") if weights == "fp8" else ()),
+    )
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2 or name.endswith(kept):
+            continue
+        if weights != "fp8":
+            parameter.copy_(dequantised(parameter) if weights == "int8" else parameter.bfloat16().float())
+            continue
+        for matrix in parameter if parameter.dim() == 3 else (parameter,):
+            for part in matrix.chunk(2) if name.endswith("gate_up_proj") else (matrix,):
+                part.copy_(dequantised_fp8(part))
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "fp8"])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_packed_format_is_the_fp32_runner_over_rounded_weights(weights: WeightFormat, seed: int) -> None:
     rng = random.Random(200 + seed)
-    model = random_model(random_config(rng).model_copy(update={"tie_word_embeddings": False}), seed)
+    wide = {"tie_word_embeddings": False, **({"hidden_size": 150, "moe_intermediate_size": 133} if seed == 2 else {})}
+    model = random_model(random_config(rng).model_copy(update=wide), seed)
     rounded = random_model(model.config, seed)
-    for name, parameter in rounded.named_parameters():
-        if parameter.dim() > 1 and not name.endswith(("embed_tokens.weight", "mlp.gate.weight")):
-            parameter.copy_(dequantised(parameter) if weights == "int8" else parameter.bfloat16().float())
+    rounded_by_definition(rounded, weights)
     sequences = Sequences(model, rng, 8)
     steps = sequences.ragged(rng)
     packed = sequences.in_steps(sequences.runner(weights), steps)
     exact = sequences.in_steps(sequences.runner(model=rounded), steps)
     for one, other in zip(packed, exact, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "fp8-block"])
+def test_a_rounded_model_has_the_packed_weights(tiny_config: ModelConfig, format: RoundedFormat) -> None:
+    """So that `glmctl eval` measures what a packed runner loses, on any device."""
+    config = tiny_config.model_copy(update={"hidden_size": 150, "moe_intermediate_size": 133})
+    by_definition, model = random_model(config, 1), random_model(config, 1)
+    rounded_by_definition(by_definition, "fp8" if format == "fp8-block" else format)
+    round_weights(model, format)
+    for (name, one), other in zip(model.named_parameters(), by_definition.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_every_fp8_number_is_read_as_torch_reads_it(tiny_config: ModelConfig) -> None:
+    """One matrix holds them all; its block's largest is 448, so the scale is one."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    numbers = numbers[~numbers.isnan()]
+    config = tiny_config.model_copy(update={"hidden_size": 256, "num_hidden_layers": 1, "first_k_dense_replace": 1})
+    model = random_model(config, 3)
+    weight = model.layers[0].self_attn.q_proj.weight
+    weight.zero_()
+    weight[0, : len(numbers)] = numbers
+    weight[0, 255] = 448.0
+    sequences = Sequences(model, random.Random(3), 2)
+    # every other matrix loses bits: rounded beforehand, too
+    rounded_by_definition(model, "fp8")
+    assert torch.equal(weight[0, : len(numbers)], numbers)
+    for one, other in zip(
+        sequences.in_steps(sequences.runner("fp8"), sequences.whole()),
+        sequences.in_steps(sequences.runner(), sequences.whole()),
+        strict=True,
+    ):
         assert torch.equal(one, other)
 
 
@@ -232,7 +294,7 @@ def test_a_bf16_model_is_read_in_place(tiny_config: ModelConfig) -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("weights", ["stored", "bf16", "int8"])
+@pytest.mark.parametrize("weights", ["stored", "bf16", "int8", "fp8"])
 def test_changed_weights_are_those_of_the_next_step_after_a_refresh(
     tiny_config: ModelConfig, weights: WeightFormat
 ) -> None:
@@ -297,7 +359,7 @@ def test_only_the_rows_asked_for_get_logits(tiny_config: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize("damage", [torch.nan, torch.inf])
-@pytest.mark.parametrize("weights", ["stored", "bf16", "int8"])
+@pytest.mark.parametrize("weights", ["stored", "bf16", "int8", "fp8"])
 def test_damaged_weights_show_in_the_logits(tiny_config: ModelConfig, weights: WeightFormat, damage: float) -> None:
     model = random_model(tiny_config, 8)
     model.layers[0].self_attn.o_proj.weight[3, 5] = damage

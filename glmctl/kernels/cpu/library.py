@@ -14,14 +14,15 @@ from glmctl.kernels.native_build import NativeLibrary, base_flags
 STEP = NativeLibrary("step", "the native decoder", Path(__file__).parent, "step.cpp")
 COMPILERS = ("g++", "clang++", "c++")
 
-_P, _I = ctypes.c_void_p, ctypes.c_int
+_P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
 _SIGNATURES = {
     "glm_lanes": ([], _I),
     "glm_create": ([_P, _P, _I], _P),
     "glm_destroy": ([_P], None),
     "glm_set": ([_P, _I, _I, _P, _P, _I, _I, _I], None),
     "glm_step": ([_P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _P, _P, _I, _P, _P, _P, _P], _I),
-    "glm_pack": ([_P, _I, ctypes.c_long, _I, _I, _P, _P, _I], None),
+    "glm_pack": ([_P, _I, _L, _I, _I, _P, _P, _I], None),
+    "glm_pack_fp8": ([_P, _I, _L, _I, _L, _L, _L, _P, _P, _P, _I], None),
 }
 
 

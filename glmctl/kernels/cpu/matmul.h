@@ -1,24 +1,29 @@
-// Weights of three formats times fp32 activations, in one reduction order whatever the format or the batch.
+// Weights of four formats times fp32 activations, in one reduction order whatever the format or the batch.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "vector.h"
 
 namespace glm {
 
-enum Format { FP32 = 0, BF16 = 1, INT8 = 2 };
-constexpr int GROUP = 64;  // columns that share an int8 scale
+enum Format { FP32 = 0, BF16 = 1, INT8 = 2, FP8 = 3 };
+constexpr int INT8_GROUP = 64, FP8_GROUP = 128;  // columns that share a scale
 
-// [rows, cols], row-major. An int8 weight is q * scale[row, col / GROUP].
+// [rows, cols], row-major. An int8 weight is q * scale[row, col / INT8_GROUP]; an FP8 one (E4M3) is q * scale[row,
+// col / FP8_GROUP] / FP8_UNIT.
 struct Matrix {
   const void* data = nullptr;
   const float* scale = nullptr;
   int rows = 0, cols = 0;
   Format format = FP32;
 
-  int groups() const { return (cols + GROUP - 1) / GROUP; }
+  int groups() const {
+    const int group = format == FP8 ? FP8_GROUP : INT8_GROUP;
+    return (cols + group - 1) / group;
+  }
   long bytes() const { return static_cast<long>(rows) * cols * size(); }
   int size() const { return format == FP32 ? 4 : format == BF16 ? 2 : 1; }
   // rows from `first` on, which is a multiple of nothing in particular
@@ -61,8 +66,20 @@ struct Row<INT8> {
   Row(const Matrix& m, int row)
       : p(static_cast<const int8_t*>(m.data) + static_cast<long>(row) * m.cols),
         scale(m.scale + static_cast<long>(row) * m.groups()) {}
-  vf at(int k) const { return widen_int8(p + k) * scale[k / GROUP]; }
-  float one(int k) const { return static_cast<float>(p[k]) * scale[k / GROUP]; }
+  vf at(int k) const { return widen_int8(p + k) * scale[k / INT8_GROUP]; }
+  float one(int k) const { return static_cast<float>(p[k]) * scale[k / INT8_GROUP]; }
+};
+
+template <>
+struct Row<FP8> {
+  const uint8_t* p;
+  const float* scale;
+  Row() = default;
+  Row(const Matrix& m, int row)
+      : p(static_cast<const uint8_t*>(m.data) + static_cast<long>(row) * m.cols),
+        scale(m.scale + static_cast<long>(row) * m.groups()) {}
+  vf at(int k) const { return widen_fp8(p + k) * scale[k / FP8_GROUP]; }
+  float one(int k) const { return fp8_to_float(p[k]) * scale[k / FP8_GROUP]; }
 };
 
 // R rows times T tokens, R * T == W: one accumulator a product, so the order of summation is that of every other shape.
@@ -178,15 +195,26 @@ static void widen_rows(const Matrix& m, float* to) {
 
 constexpr int WIDEN_FROM = 12;  // tokens from which narrow weights are widened once rather than in every tile
 
+// `act(format)` with the format as a type's constant
+template <class Act>
+static void by_format(Format format, Act act) {
+  switch (format) {
+    case FP32: return act(std::integral_constant<Format, FP32>());
+    case BF16: return act(std::integral_constant<Format, BF16>());
+    case INT8: return act(std::integral_constant<Format, INT8>());
+    case FP8: return act(std::integral_constant<Format, FP8>());
+  }
+}
+
 // m (at most PANEL rows) times n <= BLOCK tokens; out[token * PANEL + row]. `wide` has room for PANEL * cols floats.
 static void panel(const Matrix& m, const float* const* x, int n, float* out, float* wide) {
-  if (m.format == FP32) return panel_of<FP32>(m, m, x, n, out);
-  if (n < WIDEN_FROM) return m.format == BF16 ? panel_of<BF16>(m, m, x, n, out) : panel_of<INT8>(m, m, x, n, out);
-  m.format == BF16 ? widen_rows<BF16>(m, wide) : widen_rows<INT8>(m, wide);
-  Matrix as_fp32 = m;
-  as_fp32.format = FP32;
-  as_fp32.data = wide;
-  panel_of<FP32>(as_fp32, m, x, n, out);
+  Matrix read = m;
+  if (m.format != FP32 && n >= WIDEN_FROM) {
+    by_format(m.format, [&](auto format) { widen_rows<format()>(m, wide); });
+    read.format = FP32;
+    read.data = wide;
+  }
+  by_format(read.format, [&](auto format) { panel_of<format()>(read, m, x, n, out); });
 }
 
 // x * weight / sqrt(mean(x^2) + eps)

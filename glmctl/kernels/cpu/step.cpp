@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "model.h"
+#include "pack.h"
 
 namespace glm {
 
@@ -94,10 +95,7 @@ class Model {
   void embed(int n, float* out) const {
     const Matrix& table = whole_[EMBEDDING];
     Matrix row = table.from(b.token[n], 1);
-    if (table.format == FP32)
-      std::memcpy(out, row.data, sizeof(float) * c.hidden);
-    else
-      widen_rows<BF16>(row, out);
+    by_format(table.format, [&](auto format) { widen_rows<format()>(row, out); });
   }
 
   void angles(int n) {
@@ -382,34 +380,6 @@ class Model {
   Room<int> sorted_token_, wanted_;
 };
 
-// bf16 with round to nearest even; NaN stays NaN
-static uint16_t to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if (std::isnan(x)) return static_cast<uint16_t>((bits >> 16) | 64);
-  return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
-
-static void pack_row_int8(const float* row, int cols, int8_t* q, float* scale) {
-  for (int k = 0; k < cols; k += GROUP) {
-    int end = std::min(k + GROUP, cols);
-    float largest = 0.f;
-    for (int i = k; i < end; i++) {
-      float size = std::fabs(row[i]);
-      largest = size > largest || std::isnan(size) ? size : largest;
-    }
-    // a damaged weight must show in the logits: NaN and infinity go into the scale
-    bool finite = std::isfinite(largest);
-    float step = finite ? largest / 127.f : NAN;
-    float inverse = finite && step > 0.f ? 1.f / step : 0.f;
-    scale[k / GROUP] = step;
-    for (int i = k; i < end; i++) {
-      float level = finite ? std::nearbyint(row[i] * inverse) : 1.f;
-      q[i] = static_cast<int8_t>(std::min(127.f, std::max(-127.f, level)));
-    }
-  }
-}
-
 }  // namespace glm
 
 // The C ABI. Pointers stay the caller's and must outlive their use; nothing throws but for lack of memory.
@@ -457,29 +427,20 @@ int glm_step(glm::Model* model, int rows, const int64_t* token, const int64_t* p
   return 0;
 }
 
-// fp32 or bf16 weights [rows, cols] into another format, by row
+// fp32 or bf16 weights [rows, cols] into bf16 or int8, by row
 void glm_pack(const void* source, int source_format, long rows, int cols, int format, void* data, float* scale,
               int threads) {
-  using namespace glm;
-  Pool pool(threads);
-  auto pack = [&](long from, long to) {
-    std::vector<float> wide(cols);
-    for (long r = from; r < to; r++) {
-      Matrix row = Matrix{source, nullptr, 1, cols, static_cast<Format>(source_format)}.from(r, 1);
-      source_format == FP32 ? widen_rows<FP32>(row, wide.data()) : widen_rows<BF16>(row, wide.data());
-      if (format == INT8) {
-        long groups = (cols + GROUP - 1) / GROUP;
-        pack_row_int8(wide.data(), cols, static_cast<int8_t*>(data) + r * cols, scale + r * groups);
-      } else {
-        for (int k = 0; k < cols; k++) static_cast<uint16_t*>(data)[r * cols + k] = to_bf16(wide[k]);
-      }
-    }
-  };
-  constexpr long CHUNK = 64;
-  pool.run([&](int t) {
-    pool.phase(t, [&] { return (rows + CHUNK - 1) / CHUNK; },
-               [&](int item) { pack(item * CHUNK, std::min(rows, (item + 1) * CHUNK)); });
-  });
+  glm::pack_rows(glm::Matrix{source, nullptr, 0, cols, static_cast<glm::Format>(source_format)}, rows,
+                 static_cast<glm::Format>(format), data, scale, threads);
+}
+
+// The same into FP8, `matrix_rows` rows a matrix, in blocks of height x width weights that share a scale; `given`
+// [matrices, blocks down, blocks across] or null: scales that are taken where they give every weight of a block exactly.
+// scale: [rows, FP8 groups], of unit FP8_UNIT.
+void glm_pack_fp8(const void* source, int source_format, long rows, int cols, long matrix_rows, long height, long width,
+                  const float* given, void* data, float* scale, int threads) {
+  glm::pack_fp8(glm::Matrix{source, nullptr, 0, cols, static_cast<glm::Format>(source_format)}, rows,
+                glm::Blocks{matrix_rows, height, width}, given, static_cast<uint8_t*>(data), scale, threads);
 }
 
 }  // extern "C"

@@ -60,6 +60,39 @@ static inline vf widen_int8(const int8_t* p) {
 #endif
 }
 
+// E4M3 (1 sign, 4 exponent, 3 mantissa bits) has a place in half precision: shifted there it is 1/256 of its value,
+// subnormal numbers included. Its NaN becomes a number, so weights that have one are given a NaN for a scale.
+constexpr float FP8_UNIT = 256.f;
+
+static inline uint16_t fp8_as_half(uint8_t bits) {
+  return static_cast<uint16_t>((bits & 0x80) << 8 | (bits & 0x7F) << 7);
+}
+static inline float half_to_float(uint16_t half) {
+  uint32_t sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31, mantissa = half & 1023;
+  float x = exponent ? 0.f : static_cast<float>(mantissa) * 0x1p-24f;
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (exponent) bits = (exponent + 112) << 23 | mantissa << 13;
+  bits |= sign;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+// 1/FP8_UNIT of a weight
+static inline float fp8_to_float(uint8_t bits) { return half_to_float(fp8_as_half(bits)); }
+static inline vf widen_fp8(const uint8_t* p) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
+  __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+  return (vf)_mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16((int16_t)0xBFFF)));
+#elif defined(__AVX2__) && defined(__F16C__)
+  __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p));
+  return (vf)_mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16((int16_t)0xBFFF)));
+#else
+  float lane[W];
+  for (int i = 0; i < W; i++) lane[i] = fp8_to_float(p[i]);
+  return load(lane);
+#endif
+}
+
 // W floats at p, or `count` of them and zeros
 static inline vf load_part(const float* p, int count) {
   float part[W] = {};
