@@ -36,7 +36,7 @@ def round_weights(model: GlmMoe, format: RoundedFormat) -> None:
             if format == "fp8-block":
                 matrix_RC.copy_(_fp8_blocks(matrix_RC.float()))
             else:
-                for rows_RC in matrix_RC.split(_ROWS):
+                for rows_RC in torch.split(matrix_RC, _ROWS):
                     rows_RC.copy_(_ROUND[format](rows_RC.float()))
 
 
@@ -55,8 +55,8 @@ def _bf16(rows_RC: Tensor) -> Tensor:
 
 def _int8(rows_RC: Tensor) -> Tensor:
     """Steps of a 127th of the largest of INT8_GROUP neighbours in a row."""
-    columns = rows_RC.shape[1]
-    groups_RGC = torch.nn.functional.pad(rows_RC, (0, -columns % INT8_GROUP)).unflatten(1, (-1, INT8_GROUP))
+    rows, columns = rows_RC.shape
+    groups_RGC = torch.nn.functional.pad(rows_RC, (0, -columns % INT8_GROUP)).view(rows, -1, INT8_GROUP)
     step = groups_RGC.abs().amax(-1, keepdim=True) / 127
     inverse = torch.where(step > 0, 1 / step, 0.0)
     rounded = (groups_RGC * inverse).round_().clamp_(-127, 127) * step

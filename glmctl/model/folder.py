@@ -14,7 +14,7 @@ from torch import Tensor
 
 from glmctl.errors import DataError, nearest
 from glmctl.model.config import ModelConfig
-from glmctl.model.fp8 import Fp8Scales, Scaled, is_scale, scaled_weights
+from glmctl.model.fp8 import Fp8Scales, Scaled, block_size, is_scale, scaled_weights
 from glmctl.model.network import GlmMoe
 from glmctl.model.tensor_file import MAX_HEADER_BYTES, TensorFile, write_tensors
 from glmctl.model.weights import Entry, entries
@@ -25,11 +25,13 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 
 def load_config(folder: Path) -> ModelConfig:
-    """Read `config.json`. Raises DataError when it is absent, unreadable, or of another architecture."""
+    """Read `config.json`. Raises DataError when it is absent, unreadable, of another architecture or quantization."""
     body = read_json(folder / "config.json", "a model folder has a config.json")
     path = folder / "config.json"
     if "model_type" not in body:
         raise DataError(f"{path}: no model_type")
+    if body.get("quantization_config") is not None:
+        block_size(body["quantization_config"], path)
     try:
         return ModelConfig.from_hf(body)
     except ValidationError as error:

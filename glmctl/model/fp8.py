@@ -71,7 +71,7 @@ def scaled_weights(files: Mapping[str, TensorFile], description: Any, where: Pat
     description: the `quantization_config` of `where`. DataError for another method, a weight without its scale, a
     scale without its weight, or one of the wrong shape.
     """
-    height, width = _block(description if isinstance(description, dict) else {}, where)
+    height, width = block_size(description, where)
     for name, file in files.items():
         scaled = name.removesuffix("_inv").removesuffix("_scale")
         if is_scale(name) and (scaled not in files or files[scaled].slots[scaled].dtype not in _TYPES):
@@ -98,8 +98,9 @@ def scaled_weights(files: Mapping[str, TensorFile], description: Any, where: Pat
     return result
 
 
-def _block(description: Mapping[str, Any], where: Path) -> tuple[int, int]:
-    method = description.get("quant_method")
+def block_size(description: Any, where: Path) -> tuple[int, int]:
+    """Height and width of the blocks that a `quantization_config` names. DataError when it is not of FP8 weights."""
+    method = description.get("quant_method") if isinstance(description, dict) else description
     if method not in ("compressed-tensors", "fp8"):
         raise DataError(f"{where}: quantization method {method!r} is not supported; compressed-tensors and fp8 are")
     block = description.get("weight_block_size") or [BLOCK, BLOCK]

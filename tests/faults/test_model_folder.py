@@ -194,7 +194,8 @@ def test_unreadable_config(single: Path, text: str) -> None:
     [
         {"hidden_act": "gelu"},
         {"rope_scaling": {"rope_type": "yarn", "factor": 4}},
-        {"quantization_config": {"quant_method": "fp8"}},
+        {"quantization_config": {"quant_method": "awq"}},
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}},
         {"num_attention_heads": 5},
         {"hidden_size": "many"},
         {"scoring_func": "tanh"},
