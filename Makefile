@@ -36,7 +36,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 
 slow: $(VENV)/.dev
-	$(BIN)/pytest -m 'slow or multiprocess' --timeout=900
+	$(BIN)/pytest -m 'slow or multiprocess' --timeout=900 -rs
 
 # The long forms of what check, test and slow hold in small: hours on two cores.
 soak: export GLMCTL_SOAK_REQUESTS = 20000

@@ -106,6 +106,7 @@ class ServeRecipe(RecipeBase):
     speculative: int = Field(1, ge=0, le=3, description="tokens drafted by the MTP layer")
     strict: bool = Field(False, description="refuse request fields that no known API has, rather than ignore them")
     drain_seconds: float = Field(30.0, ge=0, description="how long a stopping server lets answers finish")
+    stall_seconds: float = Field(60.0, gt=0, description="longest step of the engine; beyond it, the server gives up")
     api_key_file: str | None = Field(None, description="file of mode 0600; none = GLMCTL_API_KEY, and no key without")
     admin_key_file: str | None = Field(None, description="for /admin/; none = GLMCTL_ADMIN_KEY, and no route without")
     ask: list[str] = Field([], description="questions to answer through the official client before stopping")

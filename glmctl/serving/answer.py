@@ -6,11 +6,10 @@ import json
 from typing import Any
 
 from glmctl.data.parsing import Delta, StreamParser
-from glmctl.engine.grammar import GrammarConstraint
 from glmctl.engine.request import Event, Request
-from glmctl.serving.api_error import ApiError
 from glmctl.serving.protocol import ChatRequest
 from glmctl.serving.service import Service, new_id
+from glmctl.serving.structured import require_followed
 from glmctl.serving.text import TextStream
 
 
@@ -19,6 +18,7 @@ class Answer:
 
     def __init__(self, service: Service, body: ChatRequest, index: int, request: Request) -> None:
         self._service = service
+        self._body = body
         self._logprobs = bool(body.logprobs)
         self._one_call = body.one_call
         self._text = TextStream(service.tokenizer, body.stop or (), min_tokens=body.min_tokens or 0)
@@ -46,7 +46,7 @@ class Answer:
         text = "" if closing else self._text.push(event.token)
         stopped = self._text.stopped
         if event.finish_reason is not None and not stopped:
-            self._check_grammar()
+            require_followed(self.request, self._body)
             text += self._text.finish()
         deltas = self._parser.feed(text)
         if event.finish_reason is not None or stopped:
@@ -116,12 +116,6 @@ class Answer:
         self.reasoning_tokens += 1
         if token == self._end_of_thinking:
             self._end_of_thinking = None
-
-    def _check_grammar(self) -> None:
-        constraint = self.request.constraint
-        if isinstance(constraint, GrammarConstraint) and constraint.problem is not None:
-            message = f"response_format: too complex to follow to the end ({constraint.problem})"
-            raise ApiError(400, message, param="response_format", code="grammar_too_complex")
 
     def _entry(self, event: Event) -> dict[str, Any]:
         top = [{**self._service.token_text(token), "logprob": value} for token, value in event.top_logprobs or ()]

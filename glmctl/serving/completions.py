@@ -15,6 +15,7 @@ from glmctl.serving.body import read_json
 from glmctl.serving.exchange import Exchange
 from glmctl.serving.protocol import CompletionRequest, validate
 from glmctl.serving.service import Service, collect, data_events, new_id, stream, usage
+from glmctl.serving.structured import require_followed
 from glmctl.serving.text import TextStream
 
 
@@ -78,7 +79,10 @@ class Continuation:
         return self._tokenizer.decode(self.request.prompt) if self._body.echo else ""
 
     def take(self, event: Event) -> str:
-        """The text that one more token brings; sets `finish_reason` on the last."""
+        """The text that one more token brings; sets `finish_reason` on the last.
+
+        ApiError 400 when a grammar ran into its limits half way.
+        """
         completion = event.completion
         only_prompt = self._body.max_tokens == 0
         self.tokens += not only_prompt
@@ -92,6 +96,7 @@ class Continuation:
         if self._stream.stopped:
             self.finish_reason = "stop"
         elif event.finish_reason is not None:
+            require_followed(self.request, self._body)
             text += self._stream.finish()
             self.finish_reason = event.finish_reason
         return text

@@ -24,7 +24,8 @@ from glmctl.serving.worker import EngineWorker
 
 
 def run(recipe: ServeRecipe, run: Run) -> dict[str, Any]:
-    """Serve until SIGTERM (drains, then returns) or SIGINT (drains, then Interrupted).
+    """Serve until SIGTERM (drains, then returns), SIGINT (drains, then Interrupted) or the engine's death
+    (EnvironmentProblem).
 
     With `ask` or `ask_problems`: serve on a thread, put every question through the official client, print and
     record the replies, stop. The summary then holds the first reply, its reasoning, and the MTP acceptance.
@@ -34,7 +35,15 @@ def run(recipe: ServeRecipe, run: Run) -> dict[str, Any]:
     check_exposure(recipe.host, key)
     questions = _questions(recipe)
     service = load_service(recipe)
-    server = Server(service, recipe.host, recipe.port, key=key, admin_key=admin_key, drain_seconds=recipe.drain_seconds)
+    server = Server(
+        service,
+        recipe.host,
+        recipe.port,
+        key=key,
+        admin_key=admin_key,
+        drain_seconds=recipe.drain_seconds,
+        stall_seconds=recipe.stall_seconds,
+    )
     console.note(f"serving {service.name} on {server.url}/v1" + (" (API key needed)" if key else ""))
     console.note(f"chat in a browser: {server.url}/")
     if not questions:

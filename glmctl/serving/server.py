@@ -9,7 +9,8 @@ import ipaddress
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
 
 import uvicorn
 
@@ -20,10 +21,16 @@ from glmctl.serving.service import Service
 
 DRAIN_SECONDS = 30.0
 CUT_SECONDS = 1
+"""what is left over after the drain gets this long to close"""
 KEEP_ALIVE_SECONDS = 75
 """longer than any usual client or proxy keeps an idle connection (httpx 5 s, aiohttp 15 s, AWS's balancer 60 s): with
 uvicorn's 5 s, a client now and then sends its next request into the connection that we are just closing"""
-"""what is left over after the drain gets this long to close"""
+STALL_SECONDS = 60.0
+"""a step that takes longer never ends: far more than a prefill chunk of a large model on a slow machine"""
+WATCH_SECONDS = 0.25
+"""between two looks at the engine"""
+DEATH_SECONDS = 3.0
+"""clients of an engine that died get this long to read that it did"""
 MAX_HEADER_BYTES = 64 * 1024
 
 
@@ -69,7 +76,19 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn, leaving signals to us: it would re-raise SIGTERM after a clean drain, and exit by it."""
+    """uvicorn, leaving signals to us: it would re-raise SIGTERM after a clean drain, and exit by it.
+
+    watch runs beside it from when requests are taken.
+    """
+
+    def __init__(self, config: uvicorn.Config, watch: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        super().__init__(config)
+        self._watch = watch
+        self._watching: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._watching = asyncio.create_task(self._watch())
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -88,13 +107,19 @@ class Server:
         key: str | None = None,
         admin_key: str | None = None,
         drain_seconds: float = DRAIN_SECONDS,
+        stall_seconds: float = STALL_SECONDS,
     ) -> None:
-        """Binds at once. Errors: see `check_exposure` and `bind`."""
+        """Binds at once. Errors: see `check_exposure` and `bind`.
+
+        drain_seconds: how long a stopping server lets answers finish. stall_seconds: the longest step of the engine;
+        beyond it, the engine counts as dead.
+        """
         check_exposure(host, key)
         self._service = service
         self._socket = bind(host, port)
         self._app = create_app(service, key=key, admin_key=admin_key, loopback=is_loopback(host))
         self._drain_seconds = drain_seconds
+        self._stall_seconds = stall_seconds
         config = uvicorn.Config(
             self._app,
             http=Connection,
@@ -107,7 +132,10 @@ class Server:
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=CUT_SECONDS,
         )
-        self._uvicorn = _Uvicorn(config)
+        self._uvicorn = _Uvicorn(config, self._watch_engine)
+        self._exit_with_engine = False
+        self._problem: str | None = None
+        """what ended the engine"""
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Task[None] | None = None
@@ -121,7 +149,12 @@ class Server:
         return f"http://{host}:{self.port}"
 
     def serve_until_signal(self) -> int:
-        """Serve until SIGTERM or SIGINT, drain, and return the signal's number. A second signal stops at once."""
+        """Serve until SIGTERM or SIGINT, drain, and return the signal's number. A second signal stops at once.
+
+        EnvironmentProblem when the engine dies or stalls: its clients are told, and then the process has nothing left
+        to do, so that whatever supervises it starts another.
+        """
+        self._exit_with_engine = True
         received: list[int] = []
 
         def on_signal(number: int) -> None:
@@ -134,6 +167,8 @@ class Server:
             await self._uvicorn.serve(sockets=[self._socket])
 
         asyncio.run(serve())
+        if self._problem is not None:
+            raise EnvironmentProblem(self._problem, hint="its clients were told; start the server again")
         if not received:
             raise EnvironmentProblem("the server stopped by itself")
         return received[0]
@@ -152,11 +187,28 @@ class Server:
         running.wait()
 
     def stop(self) -> None:
-        """Drain and wait for the end of the thread."""
+        """Drain and wait for the end of the thread. May be called again."""
         assert self._thread is not None
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._drain)
-        self._thread.join()
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._drain)
+            self._thread.join()
+
+    async def _watch_engine(self) -> None:
+        """Until the engine ends. One that ends by itself, or a step that takes too long, is the server's end too."""
+        worker = self._service.worker
+        while worker.alive:
+            if worker.step_seconds > self._stall_seconds:
+                self._problem = f"a step of the engine took longer than stall_seconds ({self._stall_seconds:g})"
+                worker.give_up()
+            await asyncio.sleep(WATCH_SECONDS)
+        if self._uvicorn.should_exit:
+            return  # it was closed, after a drain
+        self._problem = self._problem or "the engine stopped by an internal error"
+        if self._exit_with_engine:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._app.wait_idle(), DEATH_SECONDS)
+            self._uvicorn.should_exit = True
 
     def _drain(self) -> None:
         """Refuse new work with 503, let what is under way finish, then stop. Called again: stop at once."""

@@ -16,8 +16,9 @@ from typing import Any
 
 from glmctl.data.tokenizer import Tokenizer
 from glmctl.engine.grammar import GrammarCompiler, GrammarConstraint, GrammarError
+from glmctl.engine.request import Request
 from glmctl.serving.api_error import ApiError
-from glmctl.serving.protocol import ChatRequest, CompletionRequest, StructuredOutputs
+from glmctl.serving.protocol import ChatRequest, CompletionRequest, Generation, StructuredOutputs
 
 COMPILE_SECONDS = 1.0
 MAX_SCHEMA_CHARS = 128 * 1024
@@ -125,6 +126,17 @@ class Grammars:
         tags = self._tags
         key_part = f'{tags["<arg_key>"]} {key} {tags["</arg_key>"]} "\\n"'
         return f'{key_part} {tags["<arg_value>"]} {value} {tags["</arg_value>"]} "\\n"'
+
+
+def require_followed(request: Request, body: Generation) -> None:
+    """ApiError 400 when the grammar of an answer that has ended ran into its limits half way: it is not what was
+    asked for, however whole it looks."""
+    constraint = request.constraint
+    if isinstance(constraint, GrammarConstraint) and constraint.problem is not None:
+        asked = (name for name in ("structured_outputs", "response_format") if getattr(body, name, None) is not None)
+        param = next(asked, "tools")
+        message = f"{param}: too complex to follow to the end ({constraint.problem})"
+        raise ApiError(400, message, param=param, code="grammar_too_complex")
 
 
 def _answer_rule(body: ChatRequest) -> tuple[str | None, str | None]:

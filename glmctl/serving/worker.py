@@ -7,6 +7,7 @@ per step and listener, through a callable that must not block.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
@@ -53,6 +54,9 @@ class EngineWorker:
         self._listeners: dict[str, Listener] = {}
         self._closing = False
         self._dead = False
+        self._step_began: float | None = None
+        """time.monotonic() at the start of the step in progress"""
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="glmctl-engine", daemon=True)
 
     # ------------------------------------------------------------------ any thread
@@ -103,6 +107,12 @@ class EngineWorker:
         return self._thread.is_alive() and not self._dead
 
     @property
+    def step_seconds(self) -> float:
+        """How long the step in progress has taken so far; 0 between two steps."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
+
+    @property
     def full(self) -> bool:
         """Whether the next request would be turned away."""
         return self.inside >= self.capacity
@@ -112,11 +122,19 @@ class EngineWorker:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop after the step in progress; requests still inside get their end through their listeners."""
+        """Stop after the step in progress; requests still inside get their end through their listeners.
+
+        A step that `give_up` gave up is not waited for: its thread ends with the process.
+        """
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self._thread.join()
+        self._ended.wait()
+
+    def give_up(self) -> None:
+        """Take the step in progress for one that never ends: the engine counts as dead from now on, and every
+        listener is told. A thread cannot be killed, so nothing can be started again in its place."""
+        self._bury()
 
     def submit(self, requests: Sequence[Request], listener: Listener) -> None:
         """Take all of `requests` in, or none: QueueFull when they do not fit, EngineDied when nobody would answer.
@@ -159,24 +177,34 @@ class EngineWorker:
     def _run(self) -> None:
         try:
             while self._take_orders():
-                self._deliver(self._engine.step())
+                self._step_began = time.monotonic()
+                events = self._engine.step()
+                self._step_began = None
+                self._deliver(events)
         finally:
             # also on an exception, which then reaches threading.excepthook: a dead engine must not look alive
-            with self._wake:
-                self._dead = True
-                listeners, self._listeners = set(self._listeners.values()), {}
-                lost = [order for order in self._inbox if isinstance(order, _Load)]
-            for order in lost:
-                order.done.set_exception(EngineDied("the engine stopped"))
-            for listener in listeners:
-                listener(None)
+            self._step_began = None
+            self._bury()
+
+    def _bury(self) -> None:
+        """No more requests are taken, and whoever waits hears that nothing more will come. May be called twice."""
+        with self._wake:
+            self._dead = True
+            listeners, self._listeners = set(self._listeners.values()), {}
+            lost = [order for order in self._inbox if isinstance(order, _Load)]
+            self._inbox = []
+        for order in lost:
+            order.done.set_exception(EngineDied("the engine stopped"))
+        for listener in listeners:
+            listener(None)
+        self._ended.set()
 
     def _take_orders(self) -> bool:
         """Carry out what others asked for; waits while there is nothing to do. False when it is time to go."""
         with self._wake:
-            while not (self._closing or self._inbox or self._engine.has_work):
+            while not (self._closing or self._dead or self._inbox or self._engine.has_work):
                 self._wake.wait()
-            if self._closing:
+            if self._closing or self._dead:
                 return False
             orders, self._inbox = self._inbox, []
         for order in orders:

@@ -267,6 +267,22 @@ def test_no_body_is_a_server_error(server: Server) -> None:
     assert set(statuses) <= {200, 400, 404}, statuses
 
 
+def test_nothing_that_a_request_names_is_fetched(server: Server) -> None:
+    """Not a picture, not a file, not a schema elsewhere: a listener on this machine hears nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        for scheme in ("http", "https", "file", "ftp", "gopher"):
+            url = f"{scheme}://127.0.0.1:{listener.getsockname()[1]}/x"
+            part = {"type": "image_url", "image_url": {"url": url}}
+            assert post(server, "/v1/chat/completions", chat(messages=[{"role": "user", "content": [part]}]))[0] == 400
+            schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": url}}}
+            assert post(server, "/v1/chat/completions", chat(response_format=schema))[0] == 400
+            tool = {"type": "function", "function": {"name": "f", "parameters": {"$ref": url}}}
+            post(server, "/v1/chat/completions", chat(tools=[tool], tool_choice="required"))
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
 def test_a_misspelt_field_gets_its_nearest_name(server: Server) -> None:
     _, answer = post(server, "/v1/chat/completions", chat(tempreature=1))
     assert "temperature" in answer["error"]["message"]

@@ -54,12 +54,14 @@ def model(tiny_config: ModelConfig, tiny_tokenizer: Tokenizer) -> GlmMoe:
 
 
 @contextmanager
-def serving(model: GlmMoe, tokenizer: Tokenizer, slots: int, queue: int) -> Iterator[tuple[Server, GatedEngine]]:
+def serving(
+    model: GlmMoe, tokenizer: Tokenizer, slots: int, queue: int, **options: float
+) -> Iterator[tuple[Server, GatedEngine]]:
     engine = GatedEngine(
         model, max_slots=slots, speculative=1, token_bytes=lambda token: tokenizer.decode_bytes([token])
     )
     service = Service("tiny", tokenizer, ChatTemplate(tokenizer), EngineWorker(engine, queue))
-    server = Server(service, "127.0.0.1", 0)
+    server = Server(service, "127.0.0.1", 0, **options)
     server.start()
     try:
         yield server, engine
@@ -152,6 +154,7 @@ def test_disconnects_free_the_rows_at_every_point(model: GlmMoe, tiny_tokenizer:
         assert streamed_text(beside) == alone
         wait_until_idle(server)
         assert engine.active == engine.waiting == 0
+        assert engine.kv_blocks[0] == 0
         assert metric(server, "glmctl_generations_aborted_total") == 9
 
 
@@ -200,3 +203,17 @@ def test_a_dead_engine_is_told_to_every_client(model: GlmMoe, tiny_tokenizer: To
         assert get(server, "/health")[0] == 503
         assert get(server, "/ready")[0] == 503
         assert begin(server).getresponse().status == 503
+
+
+def test_an_engine_that_hangs_is_told_to_every_client(model: GlmMoe, tiny_tokenizer: Tokenizer) -> None:
+    """And the server still stops, though the engine's thread never will."""
+    with serving(model, tiny_tokenizer, slots=1, queue=4, stall_seconds=0.1) as (server, engine):
+        engine.gate.clear()
+        streaming, whole = begin(server), begin(server, stream=False)
+        last = streaming.getresponse().read().decode().strip().split("\n\n")[-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_unavailable"
+        assert whole.getresponse().status == 503
+        assert get(server, "/health")[0] == get(server, "/ready")[0] == 503
+        assert begin(server).getresponse().status == 503
+        server.stop()
+        assert not engine.gate.is_set()
