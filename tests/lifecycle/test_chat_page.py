@@ -1,8 +1,9 @@
 """The chat page in a real browser: headless Chromium, driven over its debugging protocol.
 
 Where there is none, the tests are skipped and say so; under CI they fail. The engine behind the server is a script, so
-that a model can be made to say anything. With GLMCTL_SCREENSHOT set to a path, the picture for the docs is written
-there.
+that a model can be made to say anything.
+
+With GLMCTL_SCREENSHOT set to a path and GLMCTL_SCREENSHOT_MODEL to the demo's model, the picture for the docs is taken.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import threading
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -27,6 +29,9 @@ from glmctl.data.chat import ChatTemplate
 from glmctl.data.tokenizer import USER, Tokenizer
 from glmctl.engine.engine import Engine, EngineStats
 from glmctl.engine.request import Completion, Event, Request
+from glmctl.recipe.schema import ServeRecipe
+from glmctl.rl.tasks.tool_use import TOOLS
+from glmctl.serving.run import load_service
 from glmctl.serving.server import Server
 from glmctl.serving.service import Service
 from glmctl.serving.worker import EngineWorker
@@ -163,9 +168,10 @@ class Browser:
         )
         assert held, f"{condition}: {self.js('document.body.innerText')}"
 
-    def open(self, url: str) -> None:
+    def open(self, url: str, name: str) -> None:
         self.call("Page.navigate", url=url)
-        self.until("document.readyState === 'complete' && document.getElementById('model')?.textContent === 'tiny'")
+        shown = f"document.getElementById('model')?.textContent === {json.dumps(name)}"
+        self.until(f"document.readyState === 'complete' && {shown}")
 
     def type(self, text: str) -> None:
         """Into the prompt, then Enter."""
@@ -232,15 +238,24 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.wait()
 
 
-@pytest.fixture
-def page(chromium: str, server: Server) -> Iterator[Browser]:
+@contextmanager
+def opened(chromium: str, url: str, name: str) -> Iterator[Browser]:
+    """The page at `url` in a tab of its own, once it shows the model's name."""
     request = urllib.request.Request(f"http://{chromium}/json/new?about:blank", method="PUT")
     with urllib.request.urlopen(request) as response:
         target = json.load(response)
     browser = Browser(target["webSocketDebuggerUrl"])
-    browser.open(f"{server.url}/")
-    yield browser
-    browser.close()
+    try:
+        browser.open(url, name)
+        yield browser
+    finally:
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium: str, server: Server) -> Iterator[Browser]:
+    with opened(chromium, f"{server.url}/", "tiny") as browser:
+        yield browser
 
 
 def test_type_stream_and_fold(page: Browser) -> None:
@@ -292,10 +307,6 @@ def test_tool_call_and_its_result(page: Browser, engine: ScriptedEngine) -> None
     assert page.js("document.querySelectorAll('.turn.assistant')[1].querySelector(':scope > .text').textContent") == (
         "There are 12 bolts."
     )
-    if path := os.environ.get("GLMCTL_SCREENSHOT"):
-        page.js("for (const fold of document.querySelectorAll('.thought')) fold.open = true")
-        picture = page.call("Page.captureScreenshot", format="png")["data"]
-        Path(path).write_bytes(base64.b64decode(picture))
 
 
 @pytest.mark.parametrize("payload", XSS)
@@ -327,3 +338,25 @@ def test_the_page_breaks_none_of_its_own_rules(page: Browser) -> None:
     page.wait_for_answers(1)
     entries = [e["params"]["entry"]["text"] for e in page.events if e["method"] == "Log.entryAdded"]
     assert not [entry for entry in entries if "Content Security Policy" in entry or "Trusted" in entry]
+
+
+if "GLMCTL_SCREENSHOT" in os.environ:
+
+    def test_picture_for_the_docs(chromium: str) -> None:
+        """The demo's own model: it thinks, calls a tool, and answers with what that returned."""
+        model = os.environ["GLMCTL_SCREENSHOT_MODEL"]
+        server = Server(load_service(ServeRecipe(name="x", model=model, served_name="glm-demo")), "127.0.0.1", 0)
+        server.start()
+        with opened(chromium, f"{server.url}/", "glm-demo") as page:
+            page.call("Emulation.setDeviceMetricsOverride", width=880, height=620, deviceScaleFactor=2, mobile=False)
+            page.js("document.getElementById('temperature').value = 0")
+            page.js(f"document.getElementById('tools').value = {json.dumps(json.dumps(TOOLS))}")
+            page.type("Stock of item 1 shop 4 day 2?")
+            page.wait_for_answers(1)
+            page.js("document.querySelector('.call input').value = '7'")
+            page.js("document.querySelector('button.answer').click()")
+            page.wait_for_answers(2)
+            page.js("for (const fold of document.querySelectorAll('.thought')) fold.open = true")
+            picture = page.call("Page.captureScreenshot", format="png")["data"]
+        server.stop()
+        Path(os.environ["GLMCTL_SCREENSHOT"]).write_bytes(base64.b64decode(picture))
