@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import Request as HttpRequest
-from pydantic import Field
+from pydantic import Field, model_validator
 from starlette.responses import JSONResponse, Response
 
 from glmctl.data.parsing import Delta
@@ -20,9 +20,10 @@ from glmctl.serving.api_error import ApiError
 from glmctl.serving.body import read_json
 from glmctl.serving.chat import chat_requests
 from glmctl.serving.exchange import Exchange
-from glmctl.serving.messages import MAX_TOOLS, Name, Part, ShortText
-from glmctl.serving.protocol import MAX_MESSAGES, MAX_STOP_CHARS, MAX_STOPS, MAX_TOKENS_FIELD, ChatRequest, validate
+from glmctl.serving.messages import MAX_TOOLS, Name, Part, ShortText, conflict
+from glmctl.serving.protocol import MAX_MESSAGES, MAX_STOPS, MAX_TOKENS_FIELD, ChatRequest, StopString
 from glmctl.serving.service import Service, collect, new_id, stream
+from glmctl.serving.validation import validate
 
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -79,6 +80,12 @@ class AnthropicToolChoice(Part):
     name: Name | None = None
     disable_parallel_tool_use: bool | None = None
 
+    @model_validator(mode="after")
+    def _named(self) -> AnthropicToolChoice:
+        if (self.type == "tool") != (self.name is not None):
+            raise conflict("name", "it is given with type 'tool', and only then")
+        return self
+
 
 class AnthropicThinking(Part):
     type: Literal["enabled", "disabled", "adaptive"]
@@ -100,9 +107,7 @@ class MessagesRequest(CountRequest):
     """POST /v1/messages"""
 
     max_tokens: int = Field(ge=1, le=MAX_TOKENS_FIELD)
-    stop_sequences: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]] | None = Field(
-        None, max_length=MAX_STOPS
-    )
+    stop_sequences: list[StopString] | None = Field(None, max_length=MAX_STOPS)
     stream: bool | None = None
     temperature: float | None = Field(None, ge=0, le=1)
     top_p: float | None = Field(None, gt=0, le=1)

@@ -23,8 +23,9 @@ from glmctl.serving.completions import completions
 from glmctl.serving.guard import Guard
 from glmctl.serving.messages import template_messages
 from glmctl.serving.openapi import document
-from glmctl.serving.protocol import DetokenizeRequest, TokenizeRequest, WeightsRequest, validate
+from glmctl.serving.protocol import DetokenizeRequest, TokenizeRequest, WeightsRequest
 from glmctl.serving.service import Service
+from glmctl.serving.validation import validate
 from glmctl.serving.worker import EngineDied
 
 

@@ -13,8 +13,9 @@ from glmctl.engine.request import Request
 from glmctl.serving.answer import Answer
 from glmctl.serving.body import read_json
 from glmctl.serving.exchange import Exchange
-from glmctl.serving.protocol import ChatRequest, validate
+from glmctl.serving.protocol import ChatRequest
 from glmctl.serving.service import Service, collect, data_events, new_id, stream, usage
+from glmctl.serving.validation import validate
 
 
 async def chat_requests(service: Service, body: ChatRequest, identity: str) -> list[Request]:

@@ -13,10 +13,11 @@ from glmctl.data.tokenizer import Tokenizer
 from glmctl.engine.request import Completion, Event, Request, TopLogprobs
 from glmctl.serving.body import read_json
 from glmctl.serving.exchange import Exchange
-from glmctl.serving.protocol import CompletionRequest, validate
+from glmctl.serving.protocol import CompletionRequest
 from glmctl.serving.service import Service, collect, data_events, new_id, stream, usage
 from glmctl.serving.structured import require_followed
 from glmctl.serving.text import TextStream
+from glmctl.serving.validation import validate
 
 
 class LegacyLogprobs:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator
+from pydantic_core import PydanticCustomError
 
 MAX_TOOLS = 128
+CONFLICT = "conflicting_fields"
 
 ShortText = Annotated[str, Field(max_length=512)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
@@ -17,6 +19,11 @@ class Part(BaseModel):
     """A part of a request: strict types. What `validate` does with foreign keys is the server's choice."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+
+
+def conflict(field: str, message: str) -> PydanticCustomError:
+    """For fields that are right one by one and wrong together: the one to name, and what is wrong with it."""
+    return PydanticCustomError(CONFLICT, "{message}", {"message": message, "field": field})
 
 
 def _text_of_parts(value: Any) -> Any:
@@ -34,28 +41,49 @@ def _text_of_parts(value: Any) -> Any:
     return "".join(texts)
 
 
+def _part_schema(kind: str) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "required": ["type", kind],
+        "properties": {"type": {"const": kind}, kind: {"type": "string"}},
+    }
+
+
+Text = Annotated[
+    str,
+    BeforeValidator(_text_of_parts),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"anyOf": [_part_schema("text"), _part_schema("refusal")]}},
+            ]
+        }
+    ),
+]
+"""content: a string, or text parts, which become one"""
+
+
 class _Message(Part):
     name: ShortText | None = None
-
-    @field_validator("content", mode="before", check_fields=False)
-    @classmethod
-    def _flatten(cls, value: Any) -> Any:
-        return _text_of_parts(value)
 
 
 class SystemMessage(_Message):
     role: Literal["system", "developer"]
-    content: str
+    content: Text
 
 
 class UserMessage(_Message):
     role: Literal["user"]
-    content: str
+    content: Text
+
+
+_ARGUMENTS_SCHEMA = {"anyOf": [{"type": "string", "contentMediaType": "application/json"}, {"type": "object"}]}
 
 
 class CalledFunction(Part):
     name: Annotated[str, Field(min_length=1, max_length=256)]
-    arguments: dict[str, Any] = {}
+    arguments: Annotated[dict[str, Any], WithJsonSchema(_ARGUMENTS_SCHEMA)] = {}
 
     @field_validator("arguments", mode="before")
     @classmethod
@@ -87,7 +115,7 @@ class PastToolCall(Part):
 
 class AssistantMessage(_Message):
     role: Literal["assistant"]
-    content: str | None = None
+    content: Text | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     tool_calls: list[PastToolCall] | None = Field(None, max_length=MAX_TOOLS)
@@ -100,7 +128,7 @@ class AssistantMessage(_Message):
 
 class ToolMessage(_Message):
     role: Literal["tool"]
-    content: str
+    content: Text
     tool_call_id: ShortText | None = None
 
 

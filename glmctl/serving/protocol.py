@@ -7,14 +7,23 @@ chat_template_kwargs, thinking ...). Any other name is ignored, as those servers
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    Tag,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
 
 from glmctl.engine.request import MAX_TOP_LOGPROBS
-from glmctl.errors import nearest
-from glmctl.serving.api_error import ApiError
 from glmctl.serving.messages import (
     MAX_TOOLS,
     Message,
@@ -22,6 +31,7 @@ from glmctl.serving.messages import (
     Part,
     ShortText,
     ToolSpec,
+    conflict,
     template_messages,
 )
 
@@ -37,25 +47,59 @@ MAX_TOKENS_FIELD = 10_000_000
 
 TokenId = Annotated[int, Field(ge=0, le=10_000_000)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=1_000_000)]
+PromptText = Annotated[str, Field(min_length=1)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+
+# as the document shows what a validator makes of several forms
+_ONE_STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+_STOP_SCHEMA = {"anyOf": [_ONE_STOP, {"type": "array", "items": _ONE_STOP, "maxItems": MAX_STOPS}, {"type": "null"}]}
+_BIAS_SCHEMA = {
+    "anyOf": [
+        {
+            "type": "object",
+            "maxProperties": MAX_BIASES,
+            "propertyNames": {"pattern": "^[0-9]{1,8}$"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+        },
+        {"type": "null"},
+    ]
+}
 
 
-def _unsupported(why: str) -> BeforeValidator:
-    """For a field that would change the answer and cannot be honoured: anything but null is refused."""
-
-    def refuse(value: Any) -> None:
-        if value is not None:
-            raise ValueError(f"not supported by this server: {why}")
-
-    return BeforeValidator(refuse)
+def _form_of_prompt(value: Any) -> str:
+    """By its first item, so that an error is about the form that was meant."""
+    if isinstance(value, str):
+        return "text-prompt"
+    first = value[0] if isinstance(value, list) and value else None
+    return {str: "text-prompts", list: "token-prompts"}.get(type(first), "token-prompt")
 
 
-def _only(*neutral: Any, why: str) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        if value is not None and value not in neutral:
-            raise ValueError(f"not supported by this server: {why}")
+Prompt = Annotated[
+    Annotated[PromptText, Tag("text-prompt")]
+    | Annotated[TokenIds, Tag("token-prompt")]
+    | Annotated[list[PromptText], Field(min_length=1, max_length=MAX_PROMPTS), Tag("text-prompts")]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS), Tag("token-prompts")],
+    Discriminator(_form_of_prompt),
+]
+
+
+@dataclass(frozen=True)
+class _Only:
+    """For a field that would change the answer and cannot be honoured: anything but null and `neutral` is refused."""
+
+    why: str
+    neutral: tuple[Any, ...] = ()
+
+    def _check(self, value: Any) -> Any:
+        if value is not None and value not in self.neutral:
+            raise ValueError(f"not supported by this server: {self.why}")
         return value
 
-    return check
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"enum": [*self.neutral, None]}
 
 
 # ----------------------------------------------------------------------------- what is common
@@ -78,7 +122,7 @@ class StructuredOutputs(Part):
     @model_validator(mode="after")
     def _exactly_one(self) -> StructuredOutputs:
         if sum(value is not None for value in (self.json_schema, self.regex, self.choice)) != 1:
-            raise ValueError("give exactly one of json, regex and choice")
+            raise conflict("", "give exactly one of json, regex and choice")
         return self
 
 
@@ -93,22 +137,22 @@ class Generation(Part):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MAX_BIASES)
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, WithJsonSchema(_BIAS_SCHEMA)] = (
+        Field(None, max_length=MAX_BIASES)
+    )
     min_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS_FIELD)
     seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    stop: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]] | None = Field(
-        None, max_length=MAX_STOPS
-    )
+    stop: Annotated[list[StopString] | None, WithJsonSchema(_STOP_SCHEMA)] = Field(None, max_length=MAX_STOPS)
     stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOPS)
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: Annotated[None, _unsupported("use response_format")] = None
-    guided_regex: Annotated[None, _unsupported("use structured_outputs")] = None
-    guided_choice: Annotated[None, _unsupported("use structured_outputs")] = None
-    guided_grammar: Annotated[None, _unsupported("use structured_outputs")] = None
+    guided_json: Annotated[None, _Only("use response_format")] = None
+    guided_regex: Annotated[None, _Only("use structured_outputs")] = None
+    guided_choice: Annotated[None, _Only("use structured_outputs")] = None
+    guided_grammar: Annotated[None, _Only("use structured_outputs")] = None
     # accepted and without effect on the answer
     user: ShortText | None = None
     metadata: dict[str, ShortText] | None = Field(None, max_length=16)
@@ -131,7 +175,7 @@ class Generation(Part):
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> Generation:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream")
+            raise conflict("stream_options", "needs stream")
         return self
 
 
@@ -162,7 +206,7 @@ class ResponseFormat(Part):
     @model_validator(mode="after")
     def _schema_where_it_belongs(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema is given with type 'json_schema', and only then")
+            raise conflict("", "json_schema is given with type 'json_schema', and only then")
         return self
 
     @property
@@ -212,13 +256,13 @@ class ChatRequest(Generation):
     thinking: Thinking | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     # OpenAI's, and not for this model
-    modalities: Annotated[list[str] | None, BeforeValidator(_only(["text"], why="this model writes text"))] = None
-    verbosity: Annotated[ShortText | None, BeforeValidator(_only("medium", why="ask for it in words"))] = None
-    audio: Annotated[None, _unsupported("this model writes text")] = None
-    functions: Annotated[None, _unsupported("use tools")] = None
-    function_call: Annotated[None, _unsupported("use tool_choice")] = None
-    web_search_options: Annotated[None, _unsupported("it searches nothing")] = None
-    moderation: Annotated[None, _unsupported("it moderates nothing")] = None
+    modalities: Annotated[list[str] | None, _Only("this model writes text", (["text"],))] = None
+    verbosity: Annotated[ShortText | None, _Only("ask for it in words", ("medium",))] = None
+    audio: Annotated[None, _Only("this model writes text")] = None
+    functions: Annotated[None, _Only("use tools")] = None
+    function_call: Annotated[None, _Only("use tool_choice")] = None
+    web_search_options: Annotated[None, _Only("it searches nothing")] = None
+    moderation: Annotated[None, _Only("it moderates nothing")] = None
     # accepted and without effect on the answer
     prediction: dict[str, Any] | None = None
     safety_identifier: ShortText | None = None
@@ -229,17 +273,17 @@ class ChatRequest(Generation):
     @model_validator(mode="after")
     def _fields_that_need_each_other(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs")
+            raise conflict("top_logprobs", "needs logprobs")
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):
-            raise ValueError("tools: two of them have the same name")
+            raise conflict("tools", "two of them have the same name")
         for name in self.chosen_tools or ():
             if name not in names:
-                raise ValueError(f"tool_choice: no tool is called '{name}'")
+                raise conflict("tool_choice", f"no tool is called '{name}'")
         if self.must_call and not names:
-            raise ValueError("tool_choice needs tools")
+            raise conflict("tool_choice", "needs tools")
         if self.structured_outputs is not None and self.response_format is not None:
-            raise ValueError("structured_outputs and response_format say the same thing; give one")
+            raise conflict("structured_outputs", "response_format says the same thing; give one of them")
         return self
 
     @property
@@ -297,17 +341,17 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """POST /v1/completions. `prompt` is text, token ids, or a list of either."""
 
-    prompt: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    prompt: Prompt
     max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS_FIELD)
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool | None = None
-    best_of: Annotated[int | None, BeforeValidator(_only(1, why="ask for n answers and choose"))] = None
-    suffix: Annotated[str | None, BeforeValidator(_only("", why="write the FIM tokens into the prompt"))] = None
+    best_of: Annotated[int | None, _Only("ask for n answers and choose", (1,))] = None
+    suffix: Annotated[str | None, _Only("write the FIM tokens into the prompt", ("",))] = None
 
     @model_validator(mode="after")
     def _nothing_to_generate(self) -> CompletionRequest:
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens: 0 makes sense with echo only")
+            raise conflict("max_tokens", "0 makes sense with echo only")
         return self
 
     @property
@@ -330,7 +374,7 @@ class TokenizeRequest(Part):
     @model_validator(mode="after")
     def _one_of_both(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
+            raise conflict("prompt", "give either prompt or messages")
         return self
 
 
@@ -346,41 +390,3 @@ class WeightsRequest(Part):
 
     path: Annotated[str, Field(min_length=1, max_length=4096)]
     version: int = Field(ge=0, le=2**53)
-
-
-# ----------------------------------------------------------------------------- reading
-
-Model = TypeVar("Model", bound=Part)
-
-
-def validate(kind: type[Model], body: dict[str, Any], *, strict: bool = False) -> Model:
-    """`body` as a request of `kind`. ApiError 400 naming the first field that is wrong; `strict`: or unknown."""
-    try:
-        return kind.model_validate(body, extra="forbid" if strict else "ignore")
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        param = _path(first["loc"]) or None
-        message = first["msg"].removeprefix("Value error, ")
-        code = None
-        if first["type"] == "extra_forbidden":
-            param = param[:120] if param else None
-            match = nearest(str(first["loc"][-1])[:120], kind.model_fields)
-            message = "unknown field" + (f"; did you mean '{match}'?" if match else "")
-            code = "unknown_parameter"
-        raise ApiError(400, f"{param}: {message}" if param else message, param=param, code=code) from error
-
-
-def _path(location: tuple[int | str, ...]) -> str:
-    """`messages[0].content` from pydantic's location; the names of union members are not part of it."""
-    path = ""
-    for step in location:
-        if isinstance(step, int):
-            path += f"[{step}]"
-        elif step in _UNION_TAGS or "[" in step:
-            continue
-        else:
-            path += f".{step}" if path else step
-    return path
-
-
-_UNION_TAGS = frozenset({"system", "developer", "user", "assistant", "tool", "str", "int", "NamedTool", "AllowedTools"})

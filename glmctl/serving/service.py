@@ -19,6 +19,7 @@ from glmctl.engine.request import Constraint, Event, Request, SamplingParams, ch
 from glmctl.errors import DataError, GlmctlError
 from glmctl.serving.api_error import ApiError
 from glmctl.serving.exchange import ClientGone, Exchange
+from glmctl.serving.messages import CONFLICT
 from glmctl.serving.metrics import Metrics
 from glmctl.serving.protocol import Generation
 from glmctl.serving.sse import DONE, chunk
@@ -77,7 +78,7 @@ class Service:
                 self.template.encode_prompt, messages, tools, enable_thinking=enable_thinking
             )
         except DataError as error:
-            raise ApiError(400, f"messages: {error.message}", param="messages") from error
+            raise ApiError(400, f"messages: {error.message}", param="messages", code="invalid_messages") from error
 
     async def encode_text(self, text: str, param: str) -> list[int]:
         """Token ids of plain text, special strings recognised."""
@@ -92,7 +93,7 @@ class Service:
         try:
             check_prompt(prompt, self.worker.vocab_size, context)
         except GlmctlError as error:
-            raise ApiError(400, f"{param}: {error.message}", param=param) from error
+            raise ApiError(400, f"{param}: {error.message}", param=param, code="invalid_tokens") from error
         room = context - len(prompt)
         if asked is not None and asked > room:
             raise ApiError(
@@ -125,9 +126,10 @@ class Service:
         for name, ids in (("logit_bias", bias), ("stop_token_ids", body.stop_token_ids or ())):
             if ids and max(ids) >= self.worker.vocab_size:
                 message = f"{name}: token {max(ids)} is not in the vocabulary of {self.worker.vocab_size}"
-                raise ApiError(400, message, param=name)
+                raise ApiError(400, message, param=name, code="invalid_tokens")
         if (body.min_tokens or 0) > max_tokens:
-            raise ApiError(400, f"min_tokens: more than the {max_tokens} that may be generated", param="min_tokens")
+            message = f"min_tokens: more than the {max_tokens} that may be generated"
+            raise ApiError(400, message, param="min_tokens", code=CONFLICT)
         return [
             Request(
                 f"{identity}/{index}",

@@ -151,7 +151,7 @@ CORPUS: list[tuple[str, bytes, str | None]] = [
     ("long stop", chat(stop="a" * 257), "stop[0]"),
     ("stop of wrong type", chat(stop=7), "stop"),
     ("top_logprobs 21", chat(logprobs=True, top_logprobs=21), "top_logprobs"),
-    ("top_logprobs alone", chat(top_logprobs=2), None),
+    ("top_logprobs alone", chat(top_logprobs=2), "top_logprobs"),
     ("penalty 2.1", chat(presence_penalty=2.1), "presence_penalty"),
     ("repetition penalty 0", chat(repetition_penalty=0), "repetition_penalty"),
     ("logit bias 101", chat(logit_bias={"5": 101}), "logit_bias.5"),
@@ -160,6 +160,7 @@ CORPUS: list[tuple[str, bytes, str | None]] = [
     ("1025 logit biases", chat(logit_bias={str(index): 1 for index in range(1025)}), "logit_bias"),
     ("stop token of no token", chat(stop_token_ids=[99999]), "stop_token_ids"),
     ("min_tokens over max_tokens", chat(min_tokens=3), "min_tokens"),
+    ("user of wrong type", chat(user=5), "user"),
     ("audio", chat(audio={"voice": "x", "format": "wav"}), "audio"),
     ("modalities", chat(modalities=["text", "audio"]), "modalities"),
     ("functions", chat(functions=[{"name": "f"}]), "functions"),
@@ -169,9 +170,9 @@ CORPUS: list[tuple[str, bytes, str | None]] = [
     ("format of no kind", chat(response_format={"type": "xml"}), "response_format.type"),
     ("format without schema", chat(response_format={"type": "json_schema"}), "response_format"),
     ("schema without format", chat(response_format={"type": "text", "json_schema": {"name": "x"}}), "response_format"),
-    ("forced tool without tools", chat(tool_choice="required"), None),
-    ("forced tool that is not there", chat(tools=[TOOL], tool_choice=named("g")), None),
-    ("tools of one name", chat(tools=[TOOL, TOOL]), None),
+    ("forced tool without tools", chat(tool_choice="required"), "tool_choice"),
+    ("forced tool that is not there", chat(tools=[TOOL], tool_choice=named("g")), "tool_choice"),
+    ("tools of one name", chat(tools=[TOOL, TOOL]), "tools"),
     ("custom tool", chat(tools=[{"type": "custom", "custom": {"name": "f"}}]), "tools[0].type"),
     ("129 tools", chat(tools=[TOOL] * 129), "tools"),
     ("tool without name", chat(tools=[{"type": "function", "function": {}}]), "tools[0].function.name"),
@@ -191,7 +192,7 @@ CORPUS: list[tuple[str, bytes, str | None]] = [
         chat(messages=[{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}]),
         "messages[0].tool_calls[0].function.arguments",
     ),
-    ("stream options alone", chat(stream_options={"include_usage": True}), None),
+    ("stream options alone", chat(stream_options={"include_usage": True}), "stream_options"),
     ("prompt beyond context", chat(messages=[{"role": "user", "content": "a1" * 200}]), "messages"),
     ("prompt beyond all bounds", chat(messages=[{"role": "user", "content": "x" * 1_000_000}]), "messages"),
 ]
@@ -214,21 +215,21 @@ def test_bad_bodies_are_refused_by_name(server: Server, body: bytes, param: str 
     ("path", "body", "param"),
     [
         ("/v1/completions", {"prompt": []}, "prompt"),
-        ("/v1/completions", {"prompt": [-1]}, "prompt"),
-        ("/v1/completions", {"prompt": [2**40]}, "prompt"),
+        ("/v1/completions", {"prompt": [-1]}, "prompt[0]"),
+        ("/v1/completions", {"prompt": [2**40]}, "prompt[0]"),
         ("/v1/completions", {"prompt": [512]}, "prompt"),
-        ("/v1/completions", {"prompt": [[1], "a"]}, "prompt"),
+        ("/v1/completions", {"prompt": [[1], "a"]}, "prompt[1]"),
         ("/v1/completions", {"prompt": ["a"] * 17}, "prompt"),
         ("/v1/completions", {"prompt": ""}, "prompt"),
         ("/v1/completions", {"prompt": [1] * 128}, "prompt"),
-        ("/v1/completions", {"prompt": "a", "max_tokens": 0}, None),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 0}, "max_tokens"),
         ("/v1/completions", {"prompt": "a", "suffix": "b"}, "suffix"),
         ("/v1/messages", {"model": "tiny", "messages": [MESSAGE]}, "max_tokens"),
         ("/v1/completions", {"prompt": "a", "best_of": 10**9}, "best_of"),
         ("/v1/completions", {"prompt": "a", "logprobs": 21}, "logprobs"),
-        ("/tokenize", {}, None),
+        ("/tokenize", {}, "prompt"),
         ("/tokenize", {"prompt": 5}, "prompt"),
-        ("/tokenize", {"prompt": "a", "messages": [MESSAGE]}, None),
+        ("/tokenize", {"prompt": "a", "messages": [MESSAGE]}, "prompt"),
         ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
         ("/detokenize", {"tokens": "abc"}, "tokens"),
     ],
@@ -242,7 +243,7 @@ def test_bad_fields_of_the_other_routes(server: Server, path: str, body: dict[st
         assert answer["type"] == "error"
         assert (param or "") in answer["error"]["message"]
         return
-    assert (answer["error"]["param"] or "").split("[")[0] == (param or "").split("[")[0]
+    assert answer["error"]["param"] == param
 
 
 NUMBERS = ("max_tokens", "max_completion_tokens", "n", "top_logprobs", "min_tokens", "top_k", "seed", "temperature")
@@ -263,7 +264,11 @@ def test_no_body_is_a_server_error(server: Server) -> None:
             fields[name] = value
             bodies.append(b"{" + b", ".join(b'"%s": %s' % (key.encode(), raw) for key, raw in fields.items()) + b"}")
     assert len(bodies) >= 300
-    statuses = Counter(post(server, "/v1/chat/completions", body)[0] for body in bodies)
+    statuses: Counter[int] = Counter()
+    for body in bodies:
+        status, answer = post(server, "/v1/chat/completions", body)
+        statuses[status] += 1
+        assert status == 200 or answer["error"].keys() == {"message", "type", "param", "code"}, body
     assert set(statuses) <= {200, 400, 404}, statuses
 
 
