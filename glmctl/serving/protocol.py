@@ -71,7 +71,9 @@ def _form_of_prompt(value: Any) -> str:
     if isinstance(value, str):
         return "text-prompt"
     first = value[0] if isinstance(value, list) and value else None
-    return {str: "text-prompts", list: "token-prompts"}.get(type(first), "token-prompt")
+    if isinstance(first, list):
+        return "token-prompts"
+    return "text-prompts" if isinstance(first, str) else "token-prompt"
 
 
 Prompt = Annotated[
