@@ -1,4 +1,4 @@
-"""`glmctl eval`: a model and tasks, as lm-eval spells them, or a recipe."""
+"""`glmctl eval`: a model and tasks, as lm-eval spells them, or a recipe. Comparing and judging: `eval --compare`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from glmctl import console
+from glmctl.commands import _eval_words as read
 from glmctl.commands import _stage as stage
 from glmctl.errors import GlmctlError
 from glmctl.recipe import names
@@ -27,31 +28,86 @@ def eval_(
         ),
     ] = None,
     tasks: Annotated[
-        list[str] | None, typer.Option("--tasks", "-t", metavar="TASK,...", help="lm-eval task names, or our own.")
+        list[str] | None,
+        typer.Option("--tasks", "-t", metavar="TASK,...", help="Tasks and groups: ours (--list) or lm-eval's."),
     ] = None,
     problems: Annotated[
         list[str] | None,
         typer.Option("--problems", metavar="NAME=FILE", help="A problem file, scored by its own verifier."),
     ] = None,
+    model_args: Annotated[
+        str | None,
+        typer.Option("--model_args", "--model-args", "-a", metavar="pretrained=DIR", help="MODEL, as lm-eval has it."),
+    ] = None,
     num_fewshot: Annotated[
         int | None, typer.Option("--num_fewshot", "--num-fewshot", "-f", metavar="N", help="Examples in the prompt.")
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", "-L", metavar="N", help="Only N questions of a task.")] = None,
-    nothink: Annotated[bool, typer.Option("--nothink", help="Direct answers, without reasoning.")] = False,
+    limit: Annotated[
+        float | None, typer.Option("--limit", "-L", metavar="N", help="Only N questions of a task; below 1 a share.")
+    ] = None,
+    batch_size: Annotated[
+        str | None,
+        typer.Option("--batch_size", "--batch-size", "-b", metavar="N|auto", help="Requests that generate at once."),
+    ] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply_chat_template", "--apply-chat-template", help="To lm-eval's tasks; ours know when.")
+    ] = False,
+    fewshot_as_multiturn: Annotated[
+        bool,
+        typer.Option("--fewshot_as_multiturn/--no-fewshot_as_multiturn", help="Examples as turns of the chat."),
+    ] = True,
+    system_instruction: Annotated[
+        str | None,
+        typer.Option("--system_instruction", "--system-instruction", metavar="TEXT", help="Of lm-eval's tasks."),
+    ] = None,
+    gen_kwargs: Annotated[
+        str | None,
+        typer.Option("--gen_kwargs", "--gen-kwargs", metavar="KEY=VALUE,...", help="Generation of lm-eval's tasks."),
+    ] = None,
+    include_path: Annotated[
+        Path | None,
+        typer.Option("--include_path", "--include-path", metavar="DIR", help="A folder with tasks of your own."),
+    ] = None,
+    metadata: Annotated[
+        str | None, typer.Option("--metadata", metavar="JSON", help="Handed to lm-eval's tasks.")
+    ] = None,
+    seed: Annotated[
+        str | None, typer.Option("--seed", metavar="N", help="Of sampling and examples; or four, as lm-eval has them.")
+    ] = None,
+    use_cache: Annotated[
+        Path | None, typer.Option("--use_cache", "--use-cache", "-c", metavar="DIR", help="Keep answers here for good.")
+    ] = None,
+    unsafe: Annotated[
+        bool,
+        typer.Option(
+            "--confirm_run_unsafe_code", "--confirm-run-unsafe-code", help="Let lm-eval's tasks run code unboxed."
+        ),
+    ] = False,
+    log_samples: Annotated[
+        bool, typer.Option("--log_samples", "--log-samples", "-s", help="Always on: every sample is kept.")
+    ] = False,
     output_path: Annotated[
         Path | None,
         typer.Option("--output_path", "--output-path", "-o", "--run", metavar="DIR", help="The run directory."),
     ] = None,
+    nothink: Annotated[bool, typer.Option("--nothink", help="Direct answers, without reasoning.")] = False,
     samples: Annotated[
         int | None, typer.Option("--samples", metavar="N", help="Samples of each problem: avg@N and pass@k.")
     ] = None,
     temperature: Annotated[
         float | None, typer.Option("--temperature", metavar="T", help="Of problems and our tasks; 0 is greedy.")
     ] = None,
-    list_: Annotated[bool, typer.Option("--list", help="List our own offline tasks.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List our offline tasks and the report's suites.")] = False,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option("--compare", metavar="A B", help="Two evaluated models (<run>/export/<model>), paired."),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option("--judge", metavar="URL", help="With --compare: an OpenAI-compatible judge of the answers."),
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option("--judge_model", "--judge-model", metavar="NAME", help="The judge's model.")
     ] = None,
     overrides: stage.SetOption = None,
     fresh: stage.FreshOption = False,
@@ -61,28 +117,51 @@ def eval_(
     if list_:
         _list()
         return
+    if judge is not None or judge_model is not None:
+        _judge(compare, judge, judge_model, read.names(tasks), output_path)
+        return
     if compare is not None:
         _compare(*compare)
         return
+    target = target or read.pretrained(model_args)
     if target is None:
         raise GlmctlError("missing argument 'MODEL|RECIPE'", hint="`glmctl eval --help` shows the options")
-    if temperature is not None:
-        overrides = [f"sampling.temperature={temperature}", *(overrides or [])]
-    wanted = [name for word in tasks or [] for name in word.split(",") if name]
-    options: dict[str, tuple[str, Any]] = {
-        "tasks": ("--tasks", wanted or None),
-        "problems": ("--problems", dict(map(_pair, problems)) if problems else None),
+    given: dict[str, tuple[str, Any]] = {
+        "tasks": ("--tasks", read.names(tasks)),
+        "problems": ("--problems", read.pairs("--problems", problems)),
         "num_fewshot": ("--num_fewshot", num_fewshot),
-        "limit": ("--limit", limit),
+        "limit": ("--limit", read.whole(limit)),
+        "max_slots": ("--batch_size", read.batch_size(batch_size)),
+        "apply_chat_template": ("--apply_chat_template", apply_chat_template or None),
+        "fewshot_as_multiturn": ("--no-fewshot_as_multiturn", None if fewshot_as_multiturn else False),
+        "system_instruction": ("--system_instruction", system_instruction),
+        "gen_kwargs": ("--gen_kwargs", read.keywords("--gen_kwargs", gen_kwargs)),
+        "include_path": ("--include_path", None if include_path is None else str(include_path)),
+        "metadata": ("--metadata", read.json_object("--metadata", metadata)),
+        "use_cache": ("--use_cache", None if use_cache is None else str(use_cache)),
+        "confirm_run_unsafe_code": ("--confirm_run_unsafe_code", unsafe or None),
         "enable_thinking": ("--nothink", False if nothink else None),
         "samples_per_problem": ("--samples", samples),
+        **read.seeds(seed),
     }
+    overrides = read.sampling(temperature, samples) + (overrides or [])
     if names.looks_like_recipe(target):
-        stage.run_stage(
-            "eval", target, _as_overrides(options) + (overrides or []), output_path, fresh=fresh, dry_run=dry_run
-        )
+        words = read.as_overrides(given) + overrides
+        stage.run_stage("eval", target, words, output_path, fresh=fresh, dry_run=dry_run)
         return
-    if not wanted and not problems:
+    _evaluate_folder(target, given, overrides, output_path, fresh=fresh, dry_run=dry_run)
+
+
+def _evaluate_folder(
+    target: str,
+    given: dict[str, tuple[str, Any]],
+    overrides: list[str],
+    output_path: Path | None,
+    *,
+    fresh: bool,
+    dry_run: bool,
+) -> None:
+    if given["tasks"][1] is None and given["problems"][1] is None:
         raise GlmctlError(
             f"nothing to evaluate '{target}' on; name tasks with -t or problem files with --problems",
             hint="or give a recipe, e.g. `glmctl eval demo/eval`",
@@ -90,20 +169,37 @@ def eval_(
     stage.require_artifact(target)
     from glmctl.recipe.build import build, run_name
 
-    given = {key: value for key, (_, value) in options.items()}
-    name = run_name("eval", target, given, overrides)
+    name = run_name("eval", target, {key: value for key, (_, value) in given.items()}, overrides)
     models = {run_name("", target).lstrip("-"): target}
-    recipe = build("eval", {**options, "name": ("name", name), "models": ("MODEL", models)}, overrides)
+    recipe = build("eval", {**given, "name": ("name", name), "models": ("MODEL", models)}, overrides)
     stage.drive(recipe, output_path or stage.default_path(name), fresh=fresh, dry_run=dry_run)
 
 
 def _list() -> None:
-    from glmctl.evaluation.catalog import OWN_TASKS
+    from glmctl.evaluation.catalog import OWN_GROUPS, OWN_TASKS
+    from glmctl.evaluation.suites import SUITES
 
-    rows = [[name, one.metric, one.problems or "", one.about] for name, one in OWN_TASKS.items()]
-    console.table("", ["task", "metric", "problems", "what"], rows)
-    keys = ("task", "metric", "problems", "about")
-    console.result({"tasks": [dict(zip(keys, row, strict=True)) for row in rows]}, text="")
+    tasks = [[name, one.metric, one.about] for name, one in OWN_TASKS.items()]
+    console.table("offline tasks", ["task", "metric", "what"], tasks)
+    groups = [[name, ", ".join(members)] for name, members in OWN_GROUPS.items()]
+    console.table("groups of them", ["group", "tasks"], groups)
+    parts = [
+        [suite, one.name, one.task or "", read.score(one.glm_4_5), read.score(one.air), one.needs]
+        for suite, found in SUITES.items()
+        for one in found
+    ]
+    console.table(
+        "the report's suites (arXiv 2508.06471)",
+        ["suite", "benchmark", "lm-eval", "GLM-4.5", "Air", "needs"],
+        parts,
+    )
+    keys = ("suite", "name", "task", "glm_4_5", "air", "needs")
+    body = {
+        "tasks": [dict(zip(("task", "metric", "about"), row, strict=True)) for row in tasks],
+        "groups": {name: list(members) for name, members in OWN_GROUPS.items()},
+        "suites": [dict(zip(keys, row, strict=True)) for row in parts],
+    }
+    console.result(body, text="")
 
 
 def _compare(first: Path, second: Path) -> None:
@@ -117,15 +213,17 @@ def _compare(first: Path, second: Path) -> None:
     console.result({"first": str(first), "second": str(second), "tasks": rows}, text="")
 
 
-def _pair(word: str) -> tuple[str, str]:
-    name, equals, path = word.partition("=")
-    if not equals or not name or not path:
-        raise GlmctlError(f"--problems {word}: expected NAME=FILE")
-    return name, path
+def _judge(
+    compare: tuple[Path, Path] | None, url: str | None, model: str | None, tasks: list[str] | None, out: Path | None
+) -> None:
+    if compare is None or url is None or model is None:
+        raise GlmctlError("a judgement needs --compare A B, --judge URL and --judge_model NAME")
+    from glmctl.evaluation.judge import Judge
+    from glmctl.evaluation.pairwise import judge_folders, show
 
-
-def _as_overrides(options: dict[str, tuple[str, Any]]) -> list[str]:
-    import json
-
-    # JSON is YAML, so a list or mapping survives the words of --set
-    return [f"{key}={json.dumps(value)}" for key, (_, value) in options.items() if value is not None]
+    first, second = compare
+    folder = out or stage.default_path(f"judge-{first.name}-{second.name}")
+    found = judge_folders(first, second, Judge(url, model), folder, tasks)
+    show(first, second, found)
+    body = {task: one.to_row() for task, one in found.items()}
+    console.result({"first": str(first), "second": str(second), "run": str(folder), "tasks": body}, text="")

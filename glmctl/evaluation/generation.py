@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from glmctl.data.tokenizer import Tokenizer
@@ -18,14 +18,29 @@ class Job:
     params: SamplingParams
 
 
-def generate_texts(engine: Engine, tokenizer: Tokenizer, jobs: Sequence[Job]) -> list[str]:
+def generate_texts(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    jobs: Sequence[Job],
+    done: Callable[[int, str], None] = lambda place, text: None,
+) -> list[str]:
     """The text of every job, special tokens left out, cut before the earliest stop string; in the order of `jobs`.
 
-    The engine's `token_bytes` must leave special tokens out too.
+    All are handed to the engine at once, the longest prompts first: slots that get free late then hold short ones.
+    `done` is called with each place and text the moment it is complete. The engine's `token_bytes` must leave special
+    tokens out too.
     """
-    requests = [Request(str(index), job.prompt, job.params) for index, job in enumerate(jobs)]
-    texts = (tokenizer.decode(each.tokens, skip_special=True) for each in engine.generate(requests))
-    return [cut(text, job.params.stop) for text, job in zip(texts, jobs, strict=True)]
+    texts: dict[int, str] = {}
+    for place in sorted(range(len(jobs)), key=lambda place: (-len(jobs[place].prompt), jobs[place].prompt)):
+        engine.add(Request(str(place), jobs[place].prompt, jobs[place].params))
+    while len(texts) < len(jobs):
+        for event in engine.step():
+            if event.completion is not None:
+                place = int(event.id)
+                text = tokenizer.decode(event.completion.tokens, skip_special=True)
+                texts[place] = cut(text, jobs[place].params.stop)
+                done(place, texts[place])
+    return [texts[place] for place in range(len(jobs))]
 
 
 def cut(text: str, until: Sequence[str]) -> str:

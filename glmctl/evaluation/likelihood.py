@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,22 +10,30 @@ from torch import Tensor
 from glmctl.errors import GlmctlError
 from glmctl.model.network import GlmMoe
 
+Score = tuple[float, bool]
+"""log-likelihood in nats, and whether every token was the likeliest one"""
+
 LOGITS_AT_ONCE = 32 * 1024 * 1024
 """numbers (128 MiB of fp32) that one block of logits may hold"""
 
 
 @torch.inference_mode()
 def score_continuations(
-    model: GlmMoe, pairs: Sequence[tuple[list[int], list[int]]], *, max_length: int, batch_tokens: int = 8192
-) -> list[tuple[float, bool]]:
-    """For each (context, continuation) of token ids: log p(continuation | context) in nats, and whether every token
-    of it is the likeliest one.
+    model: GlmMoe,
+    pairs: Sequence[tuple[list[int], list[int]]],
+    *,
+    max_length: int,
+    batch_tokens: int = 8192,
+    done: Callable[[list[tuple[int, Score]]], None] = lambda scored: None,
+) -> list[Score]:
+    """For each (context, continuation) of token ids: log p(continuation | context), and whether it is greedy.
 
     The context must not be empty (give it the end-of-text token). What does not fit `max_length` is cut from the
     left, as lm-eval does. Equal inputs are computed once: choices of one token each cost one row. An empty
-    continuation has log-likelihood 0 and is greedy. GlmctlError when a continuation alone exceeds `max_length`.
+    continuation has log-likelihood 0 and is greedy. `done` is called after every batch with the places it scored.
+    GlmctlError when a continuation alone exceeds `max_length`.
     """
-    results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+    results: list[Score] = [(0.0, True)] * len(pairs)
     rows: dict[tuple[int, ...], list[int]] = {}
     for index, (context, continuation) in enumerate(pairs):
         assert context, "a continuation is conditioned on at least one token"
@@ -43,6 +51,7 @@ def score_continuations(
             stop = start + len(target)
             results[index] = (float(logprobs_N[start:stop].double().sum()), bool(greedy_N[start:stop].all()))
             start = stop
+        done([(index, results[index]) for _, index in wanted])
     return results
 
 

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,11 @@ from glmctl.engine.engine import Engine
 from glmctl.engine.request import SamplingParams
 from glmctl.errors import GlmctlError, unknown
 from glmctl.evaluation.generation import Job, generate_texts
-from glmctl.evaluation.likelihood import score_continuations
+from glmctl.evaluation.likelihood import Score, score_continuations
+from glmctl.evaluation.responses import Responses
 from glmctl.model.folder import load_model
 from glmctl.model.network import GlmMoe
+from glmctl.rl.seeds import derive_seed
 from glmctl.run.directory import resolve_model
 
 Pair = tuple[tuple[str, str], list[int], list[int]]
@@ -38,7 +42,8 @@ class GlmctlLM(TemplateLM):  # type: ignore[misc]
 
     pretrained: a loaded model (then `template` is needed), a model folder or a run directory. `batch_size` and
     `max_batch_size`, which lm-eval passes to every model, are ignored: `batch_tokens` bounds a forward, `max_slots`
-    the requests that generate at once. Raises RecipeError or DataError for a missing or damaged folder.
+    the requests that generate at once. What `responses` knows is not computed again, what is computed goes there.
+    Raises RecipeError or DataError for a missing or damaged folder.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class GlmctlLM(TemplateLM):  # type: ignore[misc]
         max_gen_toks: int = 256,
         enable_thinking: bool = True,
         seed: int = 0,
+        responses: Responses | None = None,
     ) -> None:
         super().__init__()
         self.name = "in memory"
@@ -69,7 +75,7 @@ class GlmctlLM(TemplateLM):  # type: ignore[misc]
         self.template = template
         self.tokenizer = template.tokenizer
         self.batch_tokens, self.max_slots, self.seed = batch_tokens, max_slots, seed
-        self.enable_thinking = enable_thinking
+        self.enable_thinking, self.responses = enable_thinking, responses
         self.max_length = max_length or self.model.config.max_position_embeddings
         self.max_gen_toks = max_gen_toks
 
@@ -122,13 +128,36 @@ class GlmctlLM(TemplateLM):  # type: ignore[misc]
             return pair
         return self.tok_encode(context), self.tok_encode(continuation)
 
-    def _loglikelihood_tokens(self, requests: list[Pair], **kwargs: Any) -> list[tuple[float, bool]]:
-        pairs = [(context, continuation) for _, context, continuation in requests]
-        scores = score_continuations(self.model, pairs, max_length=self.max_length, batch_tokens=self.batch_tokens)
+    def _loglikelihood_tokens(self, requests: list[Pair], **kwargs: Any) -> list[Score]:
+        scores = self._score([(context, continuation) for _, context, continuation in requests])
         for (text, _, _), score in zip(requests, scores, strict=True):
             if text is not None:
                 self.cache_hook.add_partial("loglikelihood", text, score)
         return scores
+
+    def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[Score]:
+        """Scores in the order of the pairs, those already known not computed."""
+        known: dict[int, Score] = {}
+        keys: list[str] = []
+        kept = self.responses
+        if kept is not None:
+            keys = [kept.key("loglikelihood", *pair, self.max_length) for pair in pairs]
+            known = {place: (score[0], score[1]) for place, key in enumerate(keys) if (score := kept.get(key))}
+        missing = [place for place in range(len(pairs)) if place not in known]
+
+        def keep(scored: list[tuple[int, Score]]) -> None:
+            if kept is not None:
+                kept.put((keys[missing[at]], score) for at, score in scored)
+
+        found = score_continuations(
+            self.model,
+            [pairs[place] for place in missing],
+            max_length=self.max_length,
+            batch_tokens=self.batch_tokens,
+            done=keep,
+        )
+        known |= zip(missing, found, strict=True)
+        return [known[place] for place in range(len(pairs))]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, is greedy) of each (context, continuation)."""
@@ -153,8 +182,7 @@ class GlmctlLM(TemplateLM):  # type: ignore[misc]
                 windows.append(make_disjoint_window(pair))
                 owners.append(index)
         totals = [0.0] * len(requests)
-        scores = score_continuations(self.model, windows, max_length=self.max_length, batch_tokens=self.batch_tokens)
-        for index, (logprob, _) in zip(owners, scores, strict=True):
+        for index, (logprob, _) in zip(owners, self._score(windows), strict=True):
             totals[index] += logprob
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -165,26 +193,48 @@ class GlmctlLM(TemplateLM):  # type: ignore[misc]
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """What the model writes after each context, up to a stop string, an end token or `max_gen_toks`.
 
-        Greedy unless the task's `do_sample` or `temperature` says otherwise. Sampled requests draw from their own
-        streams, seeded by their place, so results do not depend on batching. Contexts that leave no room are cut
-        from the left, as lm-eval does.
+        Greedy unless the task's `do_sample` or `temperature` says otherwise. A sampled request draws from a stream of
+        its own, named by the seed, its prompt and how often that was asked before: results depend neither on batching
+        nor on what else is asked. Contexts that leave no room are cut from the left, as lm-eval does.
         """
-        jobs = [self._job(place, *request.args) for place, request in enumerate(requests)]
-        if not jobs:
-            return []
-        longest = max(len(job.prompt) + job.params.max_tokens for job in jobs)
-        engine = Engine(
-            self.model,
-            max_slots=min(self.max_slots, len(jobs)),
-            max_length=max(min(longest, self.max_length), 2),
-            token_bytes=lambda token: self.tokenizer.decode_bytes([token], skip_special=True),
-        )
-        texts = generate_texts(engine, self.tokenizer, jobs)
+        repeats: Counter[str] = Counter()
+        jobs = []
+        for request in requests:
+            context, gen_kwargs = request.args
+            jobs.append(self._job(context, gen_kwargs, repeats[context]))
+            repeats[context] += 1
+        texts = self._write(jobs)
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
 
-    def _job(self, place: int, context: str, gen_kwargs: dict[str, Any]) -> Job:
+    def _write(self, jobs: list[Job]) -> list[str]:
+        """Texts in the order of the jobs, those already known not written again."""
+        known: dict[int, str] = {}
+        keys: list[str] = []
+        kept = self.responses
+        if kept is not None:
+            keys = [kept.key("generate", job.prompt, asdict(job.params)) for job in jobs]
+            known = {place: text for place, key in enumerate(keys) if (text := kept.get(key)) is not None}
+        missing = [place for place in range(len(jobs)) if place not in known]
+        if missing:
+            asked = [jobs[place] for place in missing]
+            longest = max(len(job.prompt) + job.params.max_tokens for job in asked)
+            engine = Engine(
+                self.model,
+                max_slots=min(self.max_slots, len(asked)),
+                max_length=max(min(longest, self.max_length), 2),
+                token_bytes=lambda token: self.tokenizer.decode_bytes([token], skip_special=True),
+            )
+
+            def keep(at: int, text: str) -> None:
+                if kept is not None:
+                    kept.put([(keys[missing[at]], text)])
+
+            known |= zip(missing, generate_texts(engine, self.tokenizer, asked, keep), strict=True)
+        return [known[place] for place in range(len(jobs))]
+
+    def _job(self, context: str, gen_kwargs: dict[str, Any], repeat: int) -> Job:
         kwargs = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
         for key in kwargs:
             if key not in (*SAMPLING_KWARGS, *HANDLED_KWARGS):
@@ -206,6 +256,6 @@ class GlmctlLM(TemplateLM):  # type: ignore[misc]
             # an empty one is none
             stop=tuple(stop for stop in kwargs["until"] if stop),
             stop_token_ids=self.tokenizer.eos_ids,
-            seed=int(kwargs.get("seed", self.seed)) + place,
+            seed=derive_seed(int(kwargs.get("seed", self.seed)), context, repeat),
         )
         return Job(prompt[-room:] or [self.eot_token_id], params)

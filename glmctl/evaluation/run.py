@@ -2,24 +2,33 @@
 
 `<export>/<model>/results.json` holds what lm-eval writes, our multi-turn scores beside it, and
 `samples_<task>.jsonl` every document with its answer. The summary has one figure a model and task (`<model>/<task>`)
-and the rest beside it (`<model>/<task>_<metric>`).
+and the rest beside it (`<model>/<task>_<metric>`). Answers are kept in `responses/` as they come, so that a killed
+evaluation goes on; they go when the results are there.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from glmctl import console
 from glmctl.data.chat import ChatTemplate
 from glmctl.engine.engine import Engine
 from glmctl.engine.rounding import round_weights
 from glmctl.errors import RecipeError, unknown
-from glmctl.evaluation.catalog import OWN_TASKS
-from glmctl.evaluation.results import add_verified, by_task, document, write_json, write_rows
+from glmctl.evaluation import suites
+from glmctl.evaluation.catalog import OWN_GROUPS, OWN_TASKS
+from glmctl.evaluation.episodes import score_episodes
+from glmctl.evaluation.record import document, sample_rows
+from glmctl.evaluation.responses import Responses, fingerprint
+from glmctl.evaluation.results import Results, add_verified, by_task, show, write_json, write_rows
 from glmctl.evaluation.speculative import check
 from glmctl.evaluation.statistics import repeated
 from glmctl.model.folder import load_model
@@ -28,15 +37,18 @@ from glmctl.recipe.schema import EvalRecipe
 from glmctl.rl.environment import Problem, read_problems
 from glmctl.rl.episode import Trajectory
 from glmctl.rl.journal import sample_row
-from glmctl.rl.score import score_problems
+from glmctl.rl.sandbox.execute import sandbox
 from glmctl.rl.tasks import environment
 from glmctl.run import atomic
 from glmctl.run.directory import Run, resolve_model
-from glmctl.run.headline import figure, words
+from glmctl.run.fingerprint import digest
 from glmctl.run.metrics import MetricsLog
 
 SHOWN = 4
 """answers to each problem file that go into samples.jsonl"""
+
+RESPONSES = "responses"
+"""folder of the run that holds answers until the results are there"""
 
 
 def run(recipe: EvalRecipe, run: Run) -> dict[str, Any]:
@@ -46,18 +58,27 @@ def run(recipe: EvalRecipe, run: Run) -> dict[str, Any]:
     folders = {name: resolve_model(path) for name, path in recipe.models.items()}
     run.samples.unlink(missing_ok=True)
     samples = MetricsLog(run.samples)
-    summary: dict[str, Any] = {}
     total = len(recipe.models) * (len(recipe.tasks) + len(problems) + 1)
-    with atomic.publish(run.export) as export, console.progress("evaluating", total, unit="task") as progress:
+    done: dict[str, _Evaluation] = {}
+    with (
+        sandbox(recipe.sandbox),
+        atomic.publish(run.export) as export,
+        console.progress("evaluating", total, unit="task") as progress,
+    ):
         for name, folder in folders.items():
-            model, template = load_model(folder), ChatTemplate.load(folder)
-            if name in recipe.weights:
-                round_weights(model, recipe.weights[name])
-            one = _Evaluation(recipe, name, model, template, problems, export / name, samples)
-            for key, value in one.measure(progress).items():
-                summary[f"{name}/{key}"] = value
-    _show(recipe.name, summary, list(recipe.models))
-    return summary
+            with _responses(recipe, run, name, folder) as responses:
+                done[name] = _Evaluation(recipe, name, folder, problems, export / name, samples, responses)
+                done[name].measure(progress)
+    if recipe.use_cache is None:
+        for one in done.values():
+            one.responses.delete()
+        (run.path / RESPONSES).rmdir()
+    show(
+        recipe.name,
+        {name: one.results for name, one in done.items()},
+        {name: one.speculative for name, one in done.items()},
+    )
+    return {f"{name}/{key}": value for name, one in done.items() for key, value in one.summary.items()}
 
 
 def _check(recipe: EvalRecipe) -> None:
@@ -67,58 +88,77 @@ def _check(recipe: EvalRecipe) -> None:
     for name in [*recipe.models, *recipe.problems]:
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise RecipeError(f"{recipe.name}: '{name}' names files; use letters, digits, '.', '_' and '-'")
+    ours = [*OWN_TASKS, *OWN_GROUPS]
     for task in recipe.tasks:
-        if task.startswith("glmctl_") and task not in OWN_TASKS:
-            raise unknown("task", task, OWN_TASKS, where=recipe.name)
+        if task.startswith("glmctl_") and task not in ours:
+            raise unknown("task", task, ours, where=recipe.name)
+        if task.startswith("glm45_") and task not in suites.SUITES:
+            raise unknown("suite", task, suites.SUITES, where=recipe.name)
         if task in recipe.problems:
             raise RecipeError(f"{recipe.name}: '{task}' is the name of a task and of a problem file; rename the latter")
-    for path in recipe.perplexity_texts:
+    for absent in suites.missing(recipe.tasks):
+        console.warn(f"not run here: {absent}")
+    for path in [*recipe.perplexity_texts, *recipe.needle.texts]:
         if not Path(path).is_file():
             raise RecipeError(f"{path}: no such file")
 
 
-def _problems(path: str, limit: int | None) -> list[Problem]:
+def _problems(path: str, limit: int | float | None) -> list[Problem]:
     if not Path(path).is_file():
         raise RecipeError(f"{path}: no such problem file")
-    return read_problems(Path(path))[:limit]
+    problems = read_problems(Path(path))
+    if limit is None:
+        return problems
+    return problems[: math.ceil(limit * len(problems)) if limit < 1 else int(limit)]
 
 
+def _responses(recipe: EvalRecipe, run: Run, name: str, folder: Path) -> Responses:
+    # rounded weights give other answers
+    owner = digest([fingerprint(folder), recipe.weights.get(name)])
+    if recipe.use_cache is None:
+        return Responses(run.path / RESPONSES / f"{name}.jsonl", owner)
+    return Responses(Path(recipe.use_cache) / f"{owner[:32]}.jsonl", owner)
+
+
+@dataclass
 class _Evaluation:
-    """One model of the recipe."""
+    """One model of the recipe; `measure` fills in what was found."""
 
-    def __init__(
-        self,
-        recipe: EvalRecipe,
-        name: str,
-        model: GlmMoe,
-        template: ChatTemplate,
-        problems: Mapping[str, Sequence[Problem]],
-        folder: Path,
-        samples: MetricsLog,
-    ) -> None:
-        self.recipe, self.name, self.model, self.template = recipe, name, model, template
-        self.problems, self.folder, self.samples = problems, folder, samples
+    recipe: EvalRecipe
+    name: str
+    source: Path
+    problems: Mapping[str, Sequence[Problem]]
+    target: Path
+    samples: MetricsLog
+    responses: Responses
 
-    def measure(self, progress: console.Progress) -> dict[str, Any]:
-        """Everything about this model; keys without the model's name."""
+    def measure(self, progress: console.Progress) -> None:
+        """Everything about this model: `results` in lm-eval's layout, `summary` without the model's name."""
         started = time.time()
-        self.folder.mkdir()
-        summary: dict[str, Any] = {}
-        results: dict[str, Any] = {}
+        self.target.mkdir()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model: GlmMoe = load_model(self.source, device=device)
+        if self.name in self.recipe.weights:
+            round_weights(self.model, self.recipe.weights[self.name])
+        self.template = ChatTemplate.load(self.source)
+        self.results: Results = {}
         if self.recipe.tasks:
-            results = self._lm_eval()
-            summary |= by_task(results)
+            self.results = self._lm_eval()
             progress.advance(len(self.recipe.tasks), model=self.name)
         for name, problems in self.problems.items():
-            summary |= self._verified(name, problems, results)
+            self._verified(name, problems)
             progress.advance(model=self.name)
-        summary |= self._speculative()
+        self.speculative = self._speculative()
         progress.advance(model=self.name)
-        self._write(results, started)
-        return summary
+        self.summary: dict[str, Any] = {**by_task(self.results), **self.speculative}
+        body = document(self.results, self.recipe, self.name, self.source, self.model, self.template, started)
+        write_json(self.target / "results.json", body)
+        for task, rows in self.results.pop("samples", {}).items():
+            write_rows(self.target / f"samples_{task}.jsonl", sample_rows(rows))
+        del self.model
 
-    def _lm_eval(self) -> dict[str, Any]:
-        from glmctl.evaluation.harness import run_tasks
+    def _lm_eval(self) -> Results:
+        from glmctl.evaluation.harness import Settings, run_tasks
         from glmctl.evaluation.lm import GlmctlLM
         from glmctl.evaluation.tasks import TaskInputs
 
@@ -131,37 +171,26 @@ class _Evaluation:
             max_gen_toks=recipe.sampling.max_tokens,
             enable_thinking=recipe.enable_thinking,
             seed=recipe.seed,
+            responses=self.responses,
         )
         inputs = TaskInputs(
             self.template,
             recipe.sampling,
             recipe.enable_thinking,
             problems=[problem for problems in self.problems.values() for problem in problems],
+            samples=recipe.samples_per_problem,
             texts=[Path(path) for path in recipe.perplexity_texts],
+            needle=recipe.needle,
+            context=self.model.config.max_position_embeddings,
         )
-        return run_tasks(
-            lm,
-            recipe.tasks,
-            inputs,
-            limit=recipe.limit,
-            num_fewshot=recipe.num_fewshot,
-            apply_chat_template=recipe.apply_chat_template,
-            bootstrap_iters=recipe.bootstrap_iters,
-        )
+        shared = {name: getattr(recipe, name) for name in Settings.__dataclass_fields__}
+        return run_tasks(lm, recipe.tasks, inputs, Settings(**shared))
 
-    def _verified(self, name: str, problems: Sequence[Problem], results: dict[str, Any]) -> dict[str, float]:
+    def _verified(self, name: str, problems: Sequence[Problem]) -> None:
         """Multi-turn episodes judged by their environments."""
         recipe = self.recipe
-        score = score_problems(
-            Engine(self.model, max_slots=recipe.max_slots),
-            self.template,
-            problems,
-            sampling=recipe.sampling,
-            enable_thinking=recipe.enable_thinking,
-            seed=recipe.seed,
-            max_turns=recipe.max_turns,
-            samples=recipe.samples_per_problem,
-        )
+        engine = Engine(self.model, max_slots=recipe.max_slots)
+        score = score_episodes(engine, self.template, problems, recipe, self.responses)
         figures = {
             "accuracy": score.accuracy,
             "well_formed": score.well_formed,
@@ -170,13 +199,14 @@ class _Evaluation:
         }
         if recipe.samples_per_problem > 1:
             figures |= repeated(_rewards(score.samples))
-        add_verified(results, name, figures, len(problems))
-        rows = [{"model": self.name, **sample_row(one, self.template)} for one in score.samples]
-        write_rows(self.folder / f"samples_{name}.jsonl", rows)
-        for row in rows[:SHOWN]:
-            self.samples.append(row)
-        beside = {f"{name}_{key}": value for key, value in figures.items() if key != "accuracy"}
-        return {name: score.accuracy, **beside}
+        asked = recipe.model_dump(
+            mode="json", include={"sampling", "samples_per_problem", "max_turns", "enable_thinking", "seed"}
+        )
+        add_verified(self.results, name, figures, len(problems), {**asked, "problems": recipe.problems[name]})
+        rows = [_episode_row(self.name, one, self.template) for one in score.samples]
+        write_rows(self.target / f"samples_{name}.jsonl", rows)
+        for one in score.samples[:SHOWN]:
+            self.samples.append({"model": self.name, **sample_row(one, self.template)})
 
     def _speculative(self) -> dict[str, Any]:
         """MTP acceptance on the first prompts of the problem files; nothing without MTP layer or problems."""
@@ -206,21 +236,16 @@ class _Evaluation:
             )
         return {"mtp_acceptance": found.acceptance, "mtp_identical": found.identical}
 
-    def _write(self, results: dict[str, Any], started: float) -> None:
-        recipe = self.recipe
-        config = {
-            "model_args": {"pretrained": recipe.models[self.name]},
-            "model_num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "model_dtype": recipe.weights.get(self.name, str(self.model.dtype)),
-            **recipe.model_dump(
-                mode="json",
-                include={"limit", "num_fewshot", "bootstrap_iters", "sampling", "samples_per_problem", "max_turns"},
-            ),
-            **recipe.model_dump(mode="json", include={"enable_thinking", "apply_chat_template", "seed"}),
-        }
-        write_json(self.folder / "results.json", document(results, config, started))
-        for task, rows in results.get("samples", {}).items():
-            write_rows(self.folder / f"samples_{task}.jsonl", rows)
+
+def _episode_row(model: str, one: Trajectory, template: ChatTemplate) -> dict[str, Any]:
+    """A sample for people, and the whole text that the model saw and wrote, special tokens in sight."""
+    return {
+        "model": model,
+        "problem_id": one.problem_id,
+        "sample": one.sample,
+        **sample_row(one, template),
+        "text": template.tokenizer.decode(one.tokens),
+    }
 
 
 def _rewards(samples: Sequence[Trajectory]) -> list[list[float]]:
@@ -230,14 +255,3 @@ def _rewards(samples: Sequence[Trajectory]) -> list[list[float]]:
         if one.reward is not None:
             groups.setdefault(one.group, []).append(one.reward)
     return list(groups.values())
-
-
-def _show(title: str, summary: Mapping[str, Any], models: Sequence[str]) -> None:
-    """A table of tasks by models."""
-    tasks = list(dict.fromkeys(key.partition("/")[2] for key in summary))
-    found = [[summary.get(f"{model}/{task}") for model in models] for task in tasks]
-    rows = [
-        [words(task), *("" if value is None else figure(task, value) for value in values)]
-        for task, values in zip(tasks, found, strict=True)
-    ]
-    console.table(title, ["task", *models], rows)

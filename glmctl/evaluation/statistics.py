@@ -31,12 +31,15 @@ def repeated(rewards: Sequence[Sequence[float]]) -> dict[str, float]:
     """
     fewest = min(len(one) for one in rewards)
     figures = {f"avg@{max(len(one) for one in rewards)}": _mean([_mean(one) for one in rewards])}
-    k = 1
-    while k <= fewest:
+    for k in powers_of_two(fewest):
         estimates = [pass_at_k(len(one), sum(reward >= 1.0 for reward in one), k) for one in rewards]
         figures[f"pass@{k}"] = _mean(estimates)
-        k *= 2
     return figures
+
+
+def powers_of_two(most: int) -> list[int]:
+    """1, 2, 4 ... up to `most`."""
+    return [1 << exponent for exponent in range(most.bit_length())]
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,20 @@ def paired(first: Sequence[float], second: Sequence[float], *, seed: int = 0) ->
     p_value = mcnemar(wins, losses) if binary else _sign_flip(difference_N, rng)
     ties = len(first) - wins - losses
     return Paired(len(first), _mean(first), _mean(second), wins, ties, losses, low, high, p_value)
+
+
+def wilson(count: int, of: int) -> tuple[float, float]:
+    """95% interval of a share: Wilson 1927, which stays within 0..1 and is honest near its ends.
+
+    ValueError unless 0 <= count <= of and of > 0.
+    """
+    if not 0 <= count <= of or of < 1:
+        raise ValueError(f"{count} of {of} is no share")
+    z, share = 1.959963984540054, count / of
+    middle = share + z * z / (2 * of)
+    half = z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
+    scale = 1 + z * z / of
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 def mcnemar(wins: int, losses: int) -> float:

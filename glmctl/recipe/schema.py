@@ -31,6 +31,7 @@ from glmctl.recipe.data import (
     ToolUseTask,
 )
 from glmctl.recipe.distill import DistillRecipe, Expert, Teacher
+from glmctl.recipe.evaluation import EvalRecipe, Needle
 from glmctl.recipe.finetune import ConversationFiles, SftRecipe
 from glmctl.recipe.pretrain import Balance, BatchRamp, MtpLoss, PretrainRecipe, TrainStage, Validation
 from glmctl.recipe.rl import GrpoSpec, GspoSpec, OverlongPenalty, PolicySpec, RlRecipe, SandboxLevel, SandboxSpec
@@ -46,7 +47,7 @@ from glmctl.recipe.sections import (
     Section,
 )
 from glmctl.recipe.tasks import AlgebraTask, CodeTask, CustomTask, GymTask, InstructionsTask, ScienceTask
-from glmctl.recipe.use import ConvertRecipe, EvalRecipe, ServeRecipe, Upcycling
+from glmctl.recipe.use import ConvertRecipe, ServeRecipe, Upcycling
 
 __all__ = [
     "AdamWSpec",
@@ -75,6 +76,7 @@ __all__ = [
     "JsonLinesSource",
     "MtpLoss",
     "MuonSpec",
+    "Needle",
     "Optimizer",
     "OverlongPenalty",
     "ParquetSource",

@@ -1,4 +1,4 @@
-"""Recipes that use a model: `eval`, `convert`, `serve`. Importable without torch."""
+"""Recipes that use a model: `convert`, `serve`. Importable without torch."""
 
 from __future__ import annotations
 
@@ -6,52 +6,13 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from glmctl.recipe.sections import RecipeBase, Sampling, Section
+from glmctl.recipe.sections import RecipeBase, Section
 
 RunnerName = Literal["auto", "torch", "native", "native-bf16", "native-int8", "native-fp8"]
 """who computes the engine's steps, and for the native ones in which format the weights are (docs/native-decoder.md)"""
 
 RoundedFormat = Literal["bf16", "int8", "fp8-block", "fp8-channel"]
 """bf16 and int8 as `native-bf16` and `native-int8` pack; FP8 as `convert` writes it, `native-fp8` in blocks"""
-
-
-class EvalRecipe(RecipeBase):
-    """lm-eval over one or several models; tasks are lm-eval names, our own offline ones, or problem files."""
-
-    type: Literal["eval"] = "eval"
-    models: dict[str, str] = Field(min_length=1)
-    weights: dict[str, RoundedFormat] = Field(
-        {}, description="model -> packed format that its weights are rounded to first: what a quantised runner loses"
-    )
-    tasks: list[str] = Field([], description="lm-eval task names; ours are listed by `glmctl eval --list`")
-    problems: dict[str, str] = Field({}, description="task name -> problem file, scored by its verifier")
-    perplexity_texts: list[str] = Field([], description="JSON lines for glmctl_perplexity; none = the set that ships")
-    limit: int | None = Field(None, gt=0)
-    num_fewshot: int | None = Field(None, ge=0)
-    apply_chat_template: bool = Field(False, description="for tasks that are not ours; ours know when")
-    enable_thinking: bool = True
-    sampling: Sampling = Sampling(temperature=0.0)
-    max_turns: int = Field(4, gt=0, description="model turns in one episode of a problem")
-    samples_per_problem: int = Field(
-        1, gt=0, description="more than 1: avg@n and pass@k; needs sampling.temperature > 0"
-    )
-    speculative_limit: int = Field(16, ge=0, description="problems of each file decoded with and without MTP drafts")
-    batch_tokens: int = Field(8192, gt=0, description="most tokens in one forward pass")
-    max_slots: int = Field(64, gt=0, description="requests that generate at once")
-    bootstrap_iters: int = Field(0, ge=0)
-
-    @model_validator(mode="after")
-    def _rounds_its_models(self) -> EvalRecipe:
-        for name in self.weights:
-            if name not in self.models:
-                raise ValueError(f"weights: '{name}' is none of the models: {', '.join(self.models)}")
-        return self
-
-    @model_validator(mode="after")
-    def _samples_differ(self) -> EvalRecipe:
-        if self.samples_per_problem > 1 and self.sampling.temperature == 0:
-            raise ValueError("samples_per_problem > 1 with sampling.temperature 0 would be the same answer again")
-        return self
 
 
 class Upcycling(Section):

@@ -25,7 +25,7 @@ HEADLINES: dict[str, tuple[str, ...]] = {
 
 BESIDE = (
     *("_stderr", "_acc_norm", "_well_formed", "_thinking_rate", "_mean_tokens", "_answered"),
-    *("_word_perplexity", "_bits_per_byte"),
+    *("_word_perplexity", "_bits_per_byte", "_found_worst", "_longest", "_longest_worst"),
 )
 """Ends of evaluation keys that stand beside a task's main figure."""
 
@@ -45,7 +45,15 @@ SHARES = (
     "*arithmetic",
     "*tool_use",
     "*glmctl_cloze*",
+    "*glmctl_needle*",
+    "*glmctl_code",
+    "*glmctl_instructions",
+    "*glmctl_think",
     "*glmctl_nothink",
+    "*glmctl_chat",
+    "*_answered",
+    "*pass@*",
+    "*avg@*",
 )
 """Keys whose value is a share of one, written in percent."""
 

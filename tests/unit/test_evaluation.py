@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -17,20 +18,24 @@ from glmctl.data.parsing import parse
 from glmctl.data.tokenizer import Tokenizer
 from glmctl.engine.engine import Engine
 from glmctl.engine.request import SamplingParams
-from glmctl.errors import GlmctlError, RecipeError
+from glmctl.errors import EnvironmentProblem, GlmctlError, RecipeError
 from glmctl.evaluation import cloze, speculative
-from glmctl.evaluation.catalog import OWN_TASKS
+from glmctl.evaluation.catalog import OWN_GROUPS, OWN_TASKS
+from glmctl.evaluation.documents import shipped
 from glmctl.evaluation.generation import Job, cut, generate_texts
-from glmctl.evaluation.harness import run_tasks
+from glmctl.evaluation.harness import Settings, run_tasks
 from glmctl.evaluation.likelihood import score_continuations
 from glmctl.evaluation.lm import GlmctlLM
+from glmctl.evaluation.questions import first_call_reward, single_turn_reward
 from glmctl.evaluation.results import main_metric
-from glmctl.evaluation.tasks import TaskInputs, build_task, first_call_reward, shipped, single_turn_reward
+from glmctl.evaluation.tasks import VERSION, TaskInputs, build_task
 from glmctl.model.config import ModelConfig
 from glmctl.model.network import GlmMoe
-from glmctl.recipe.schema import ArithmeticTask, Sampling, ToolUseTask
-from glmctl.rl.environment import Problem
-from glmctl.rl.tasks import arithmetic, demonstrate, tool_use
+from glmctl.recipe.schema import ArithmeticTask, CodeTask, Sampling, ToolUseTask
+from glmctl.rl.environment import InfrastructureFailure, Problem
+from glmctl.rl.sandbox import execute
+from glmctl.rl.tasks import arithmetic, code, demonstrate, tool_use
+from glmctl.run.fingerprint import digest
 
 GREEDY = Sampling(temperature=0.0, max_tokens=12)
 
@@ -52,8 +57,6 @@ def lm(model: GlmMoe, template: ChatTemplate) -> GlmctlLM:
 
 @pytest.fixture(scope="module")
 def problems() -> list[Problem]:
-    import random
-
     rng = random.Random(0)
     sums = arithmetic.generate(ArithmeticTask(max_value=20), 3, rng)
     return [*sums, *tool_use.generate(ToolUseTask(max_value=20), 3, rng)]
@@ -184,13 +187,14 @@ def test_the_earliest_stop_string_counts() -> None:
     assert cut("abc", ()) == "abc"
 
 
-def test_sampling_depends_on_seed_and_place_only(model: GlmMoe, template: ChatTemplate) -> None:
+def test_sampling_depends_on_seed_prompt_and_repeat_only(model: GlmMoe, template: ChatTemplate) -> None:
     kwargs = {"until": [], "max_gen_toks": 10, "do_sample": True, "temperature": 1.0, "top_p": 0.95}
     requests = ask("generate_until", ("a", kwargs), ("a", kwargs), ("b b b", kwargs))
     lm = GlmctlLM(model, template=template, seed=3)
     first = lm.generate_until(requests)
     assert first[0] != first[1], "every request has its own stream"
     assert GlmctlLM(model, template=template, seed=3, max_slots=1).generate_until(requests) == first
+    assert lm.generate_until(requests[2:] + requests[:2]) == first[2:] + first[:2], "nor on what else is asked"
     assert GlmctlLM(model, template=template, seed=9).generate_until(requests) != first
 
 
@@ -224,8 +228,8 @@ def test_the_shipped_cloze_set_is_what_its_generator_writes() -> None:
 
 
 def test_every_own_task_runs_in_lm_eval(lm: GlmctlLM, template: ChatTemplate, problems: list[Problem]) -> None:
-    inputs = TaskInputs(template, GREEDY, problems=problems)
-    results = run_tasks(lm, list(OWN_TASKS), inputs, limit=3)
+    inputs = TaskInputs(template, GREEDY, problems=problems, context=512)
+    results = run_tasks(lm, list(OWN_TASKS), inputs, Settings(limit=3))
     assert set(results["results"]) == set(OWN_TASKS)
     for name, entry in OWN_TASKS.items():
         found = results["results"][name][f"{entry.metric},none"]
@@ -288,12 +292,70 @@ def test_nothink_is_obeyed_without_reasoning(template: ChatTemplate, reply: str,
     task = build_task("glmctl_nothink", TaskInputs(template, GREEDY))
     doc = task.test_docs()[0]
     assert doc["prompt"].endswith("/nothink<|assistant|>\n<think></think>")
-    assert task.process_results(doc, [reply]) == {"obeyed": obeyed, "answered": answered}
+    assert task.process_results(doc, [[reply]]) == {"obeyed": obeyed, "answered": answered}
 
 
-def test_tasks_that_do_not_exist_or_lack_problems_are_named(lm: GlmctlLM, template: ChatTemplate) -> None:
-    with pytest.raises(RecipeError, match="no 'tool_use' problem"):
-        build_task("glmctl_tool_use", TaskInputs(template, GREEDY))
+@pytest.mark.parametrize(("reply", "obeyed"), [("\n<think>hm</think>\n7", 1), ("\n<think></think>\n7", 0), ("\n7", 0)])
+def test_thinking_is_obeyed_with_reasoning(template: ChatTemplate, reply: str, obeyed: int) -> None:
+    task = build_task("glmctl_think", TaskInputs(template, GREEDY))
+    assert task.process_results(task.test_docs()[0], [[reply]])["obeyed"] == obeyed
+
+
+def test_a_task_without_problem_files_asks_the_same_set_every_time(template: ChatTemplate) -> None:
+    """A score is of a set of questions: change one of these digests and `tasks.VERSION` together."""
+    digests = {
+        name: digest([row["problem"] for row in build_task(name, TaskInputs(template, GREEDY)).test_docs()])[:8]
+        for name in OWN_GROUPS["glmctl_verified"]
+    }
+    assert (digests, VERSION) == (
+        {
+            "glmctl_arithmetic": "0747ac4f",
+            "glmctl_code": "5b37e600",
+            "glmctl_tool_use": "ad1d0c64",
+            "glmctl_instructions": "0d5eb2d7",
+        },
+        2.0,
+    )
+
+
+def test_several_samples_give_avg_and_pass_at_k_of_each_question(template: ChatTemplate) -> None:
+    sampling = Sampling(temperature=1.0, max_tokens=4)
+    problem = Problem("p", "arithmetic", "Compute 1+2.", 3)
+    task = build_task("glmctl_arithmetic", TaskInputs(template, sampling, problems=[problem], samples=4))
+    replies = [f"\n<think>x</think>\n{value}" for value in (3, 4, 3, 5)]
+    figures = task.process_results(task.test_docs()[0], [replies])
+    assert figures == pytest.approx(
+        {"accuracy": 0.5, "well_formed": 1.0, "pass@1": 0.5, "pass@2": 5 / 6, "pass@4": 1.0, "avg@4": 0.5}
+    )
+    assert set(figures) == set(task.aggregation())
+
+
+def test_code_is_judged_in_the_sandbox_and_its_failure_is_no_score(
+    template: ChatTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (problem,) = code.generate(CodeTask(), 1, random.Random(0))
+    task = build_task("glmctl_code", TaskInputs(template, GREEDY, problems=[problem]))
+    doc = task.test_docs()[0]
+    asked: list[str] = []
+
+    def tested(source: str, entry: str, cases: Any) -> execute.Tested:
+        asked.append(source)
+        return execute.Tested(len(cases), len(cases), 0.1)
+
+    monkeypatch.setattr(code, "run_tests", tested)
+    reply = "\n<think>x</think>\n```python\ndef f(x):\n    return x\n```"
+    assert task.process_results(doc, [[reply]])["accuracy"] == 1.0
+    assert asked == ["def f(x):\n    return x\n"]
+
+    def broken(source: str, entry: str, cases: Any) -> execute.Tested:
+        raise InfrastructureFailure("no box")
+
+    monkeypatch.setattr(code, "run_tests", broken)
+    with pytest.raises(EnvironmentProblem, match="could not be judged: no box"):
+        task.process_results(doc, [[reply]])
+
+
+def test_tasks_that_do_not_exist_are_named(lm: GlmctlLM, template: ChatTemplate) -> None:
     with pytest.raises(RecipeError, match="did you mean 'glmctl_cloze'"):
         build_task("glmctl_clozes", TaskInputs(template, GREEDY))
 

@@ -16,7 +16,7 @@ from glmctl.data.chat import ChatTemplate
 from glmctl.data.tokenizer import Tokenizer
 from glmctl.errors import RecipeError
 from glmctl.evaluation.compare import compare
-from glmctl.evaluation.harness import run_tasks
+from glmctl.evaluation.harness import Settings, run_tasks
 from glmctl.evaluation.lm import GlmctlLM
 from glmctl.evaluation.run import run
 from glmctl.evaluation.tasks import TaskInputs, build_task
@@ -151,6 +151,6 @@ def test_the_model_is_registered_by_name_and_matches_simple_evaluate(
         limit=8,
         bootstrap_iters=0,
     )
-    ours = run_tasks(GlmctlLM(folders["small"], batch_tokens=100), ["glmctl_cloze"], inputs, limit=8)
+    ours = run_tasks(GlmctlLM(folders["small"], batch_tokens=100), ["glmctl_cloze"], inputs, Settings(limit=8))
     assert found is not None
     assert found["results"]["glmctl_cloze"] == ours["results"]["glmctl_cloze"]
