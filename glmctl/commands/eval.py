@@ -206,10 +206,15 @@ def _compare(first: Path, second: Path) -> None:
     from dataclasses import asdict
 
     from glmctl.evaluation.compare import compare, show
+    from glmctl.evaluation.statistics import holm
 
     results = compare(first, second)
     show(first, second, results)
-    rows = {task: {**asdict(one), "difference": one.difference} for task, one in results.items()}
+    adjusted = holm([one.p_value for one in results.values()])
+    rows = {
+        task: {**asdict(one), "difference": one.difference, "p_value_holm": among_all}
+        for (task, one), among_all in zip(results.items(), adjusted, strict=True)
+    }
     console.result({"first": str(first), "second": str(second), "tasks": rows}, text="")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from glmctl import console
 from glmctl.errors import DataError, RecipeError, unknown
 from glmctl.evaluation.results import main_metric
-from glmctl.evaluation.statistics import Paired, paired
+from glmctl.evaluation.statistics import Paired, holm, paired
 
 PREFIX = "samples_"
 
@@ -35,7 +35,8 @@ def compare(first: Path, second: Path, *, seed: int = 0) -> dict[str, Paired]:
 
 def show(first: Path, second: Path, results: dict[str, Paired]) -> None:
     """The comparison as a table."""
-    columns = ["task", "documents", first.name, second.name, "difference", "95%", "win/tie/loss", "p"]
+    columns = ["task", "documents", first.name, second.name, "difference", "95%", "win/tie/loss", "p", "p (Holm)"]
+    adjusted = holm([one.p_value for one in results.values()])
     rows = [
         [
             task,
@@ -46,8 +47,9 @@ def show(first: Path, second: Path, results: dict[str, Paired]) -> None:
             f"{one.low:+.3f} .. {one.high:+.3f}",
             f"{one.wins}/{one.ties}/{one.losses}",
             f"{one.p_value:.2g}",
+            f"{among_all:.2g}",
         ]
-        for task, one in results.items()
+        for (task, one), among_all in zip(results.items(), adjusted, strict=True)
     ]
     console.table(f"{second.name} against {first.name}", columns, rows)
 

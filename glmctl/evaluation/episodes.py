@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from glmctl.data.chat import ChatTemplate
 from glmctl.engine.engine import Engine
@@ -16,9 +16,16 @@ from glmctl.rl.score import Score, summarize
 
 
 def score_episodes(
-    engine: Engine, template: ChatTemplate, problems: Sequence[Problem], recipe: EvalRecipe, responses: Responses
+    engine: Engine,
+    template: ChatTemplate,
+    problems: Sequence[Problem],
+    recipe: EvalRecipe,
+    responses: Responses,
+    moved: Callable[[str, int, int], None],
 ) -> Score:
     """`recipe.samples_per_problem` episodes of each problem, those that `responses` knows not played again.
+
+    `moved` is told ("episodes", how many are over, how many there are).
 
     One that the environment failed is not kept: it is played again by whoever comes back. Raises as `rl.rollout` does.
     """
@@ -43,20 +50,17 @@ def score_episodes(
             one = fresh if row is None else Trajectory.from_row({**row, "group": group})
             asked.append((key, problem, one))
     keys = {(one.group, one.sample): key for key, _, one in asked}
+    fresh = [(problem, one) for _, problem, one in asked if one.reward is None]
+    done = len(asked) - len(fresh)
 
     def keep(one: Trajectory) -> None:
+        nonlocal done
         if one.reward is not None:
             responses.put([(keys[one.group, one.sample], one.to_row())])
+        done += 1
+        moved("episodes", done, len(asked))
 
-    play(
-        engine,
-        template,
-        [(problem, one) for _, problem, one in asked if one.reward is None],
-        sampling=recipe.sampling,
-        seed=recipe.seed,
-        max_turns=recipe.max_turns,
-        finished=keep,
-    )
+    play(engine, template, fresh, sampling=recipe.sampling, seed=recipe.seed, max_turns=recipe.max_turns, finished=keep)
     trajectories = [one for _, _, one in asked]
     check_infrastructure(trajectories)
     return summarize(trajectories)

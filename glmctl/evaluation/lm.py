@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from glmctl.model.network import GlmMoe
 from glmctl.rl.seeds import derive_seed
 from glmctl.run.directory import resolve_model
 
+Moved = Callable[[str, int, int], None]
+"""(kind of request, how many are answered, how many there are), as answers come"""
 Pair = tuple[tuple[str, str], list[int], list[int]]
 
 SAMPLING_KWARGS = ("temperature", "top_p", "top_k", "min_p")
@@ -42,7 +45,8 @@ class GlmctlLM(TemplateLM):  # type: ignore[misc]
 
     pretrained: a loaded model (then `template` is needed), a model folder or a run directory. `batch_size` and
     `max_batch_size`, which lm-eval passes to every model, are ignored: `batch_tokens` bounds a forward, `max_slots`
-    the requests that generate at once. What `responses` knows is not computed again, what is computed goes there.
+    the requests that generate at once. What `responses` knows is not computed again, what is computed goes there, and
+    `moved` is told.
     Raises RecipeError or DataError for a missing or damaged folder.
     """
 
@@ -61,6 +65,7 @@ class GlmctlLM(TemplateLM):  # type: ignore[misc]
         enable_thinking: bool = True,
         seed: int = 0,
         responses: Responses | None = None,
+        moved: Moved = lambda kind, done, total: None,
     ) -> None:
         super().__init__()
         self.name = "in memory"
@@ -75,7 +80,7 @@ class GlmctlLM(TemplateLM):  # type: ignore[misc]
         self.template = template
         self.tokenizer = template.tokenizer
         self.batch_tokens, self.max_slots, self.seed = batch_tokens, max_slots, seed
-        self.enable_thinking, self.responses = enable_thinking, responses
+        self.enable_thinking, self.responses, self.moved = enable_thinking, responses, moved
         self.max_length = max_length or self.model.config.max_position_embeddings
         self.max_gen_toks = max_gen_toks
 
@@ -144,10 +149,14 @@ class GlmctlLM(TemplateLM):  # type: ignore[misc]
             keys = [kept.key("loglikelihood", *pair, self.max_length) for pair in pairs]
             known = {place: (score[0], score[1]) for place, key in enumerate(keys) if (score := kept.get(key))}
         missing = [place for place in range(len(pairs)) if place not in known]
+        done = len(known)
 
         def keep(scored: list[tuple[int, Score]]) -> None:
+            nonlocal done
             if kept is not None:
                 kept.put((keys[missing[at]], score) for at, score in scored)
+            done += len(scored)
+            self.moved("log-likelihoods", done, len(pairs))
 
         found = score_continuations(
             self.model,
@@ -226,10 +235,14 @@ class GlmctlLM(TemplateLM):  # type: ignore[misc]
                 max_length=max(min(longest, self.max_length), 2),
                 token_bytes=lambda token: self.tokenizer.decode_bytes([token], skip_special=True),
             )
+            done = len(known)
 
             def keep(at: int, text: str) -> None:
+                nonlocal done
                 if kept is not None:
                     kept.put([(keys[missing[at]], text)])
+                done += 1
+                self.moved("generations", done, len(jobs))
 
             known |= zip(missing, generate_texts(engine, self.tokenizer, asked, keep), strict=True)
         return [known[place] for place in range(len(jobs))]

@@ -48,6 +48,8 @@ def document(
         **_with_hash("system_instruction", recipe.system_instruction),
         **_with_hash("chat_template", template.source),
         "fewshot_as_multiturn": recipe.fewshot_as_multiturn,
+        "start_time": started,
+        "end_time": time.time(),
         "total_evaluation_time_seconds": str(time.time() - started),
         "reproduce": {
             "recipe": recipe.model_dump(mode="json"),

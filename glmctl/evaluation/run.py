@@ -67,8 +67,8 @@ def run(recipe: EvalRecipe, run: Run) -> dict[str, Any]:
     ):
         for name, folder in folders.items():
             with _responses(recipe, run, name, folder) as responses:
-                done[name] = _Evaluation(recipe, name, folder, problems, export / name, samples, responses)
-                done[name].measure(progress)
+                done[name] = _Evaluation(recipe, name, folder, problems, export / name, samples, responses, progress)
+                done[name].measure()
     if recipe.use_cache is None:
         for one in done.values():
             one.responses.delete()
@@ -131,8 +131,9 @@ class _Evaluation:
     target: Path
     samples: MetricsLog
     responses: Responses
+    progress: console.Progress
 
-    def measure(self, progress: console.Progress) -> None:
+    def measure(self) -> None:
         """Everything about this model: `results` in lm-eval's layout, `summary` without the model's name."""
         started = time.time()
         self.target.mkdir()
@@ -144,18 +145,22 @@ class _Evaluation:
         self.results: Results = {}
         if self.recipe.tasks:
             self.results = self._lm_eval()
-            progress.advance(len(self.recipe.tasks), model=self.name)
+            self.progress.advance(len(self.recipe.tasks))
         for name, problems in self.problems.items():
             self._verified(name, problems)
-            progress.advance(model=self.name)
+            self.progress.advance()
         self.speculative = self._speculative()
-        progress.advance(model=self.name)
+        self.progress.advance()
         self.summary: dict[str, Any] = {**by_task(self.results), **self.speculative}
         body = document(self.results, self.recipe, self.name, self.source, self.model, self.template, started)
         write_json(self.target / "results.json", body)
         for task, rows in self.results.pop("samples", {}).items():
             write_rows(self.target / f"samples_{task}.jsonl", sample_rows(rows))
         del self.model
+
+    def _moved(self, kind: str, done: int, total: int) -> None:
+        """Answers came in: no task is over, but the line says how far it is."""
+        self.progress.advance(0, model=self.name, **{kind: f"{done}/{total}"})
 
     def _lm_eval(self) -> Results:
         from glmctl.evaluation.harness import Settings, run_tasks
@@ -172,6 +177,7 @@ class _Evaluation:
             enable_thinking=recipe.enable_thinking,
             seed=recipe.seed,
             responses=self.responses,
+            moved=self._moved,
         )
         inputs = TaskInputs(
             self.template,
@@ -190,7 +196,7 @@ class _Evaluation:
         """Multi-turn episodes judged by their environments."""
         recipe = self.recipe
         engine = Engine(self.model, max_slots=recipe.max_slots)
-        score = score_episodes(engine, self.template, problems, recipe, self.responses)
+        score = score_episodes(engine, self.template, problems, recipe, self.responses, self._moved)
         figures = {
             "accuracy": score.accuracy,
             "well_formed": score.well_formed,

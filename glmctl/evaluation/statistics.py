@@ -106,6 +106,20 @@ def mcnemar(wins: int, losses: int) -> float:
     return min(1.0, 2.0 * tail)
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values of a family of tests, adjusted so that below 0.05 means: 5% chance of any such among true hypotheses.
+
+    Holm 1979, step-down: the smallest is multiplied by the number of tests, the next by one less, never falling.
+    """
+    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    adjusted = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, place in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - rank) * p_values[place]))
+        adjusted[place] = highest
+    return adjusted
+
+
 def _bootstrap(difference_N: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
     means = np.concatenate([draws.mean(axis=1) for draws in _resampled(difference_N, rng)])
     low, high = np.quantile(means, [0.025, 0.975])

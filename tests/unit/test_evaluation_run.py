@@ -9,6 +9,7 @@ from typing import Any
 
 import lm_eval
 import pytest
+from lm_eval.loggers import EvaluationTracker
 from lm_eval.utils import make_table
 
 from glmctl import console
@@ -107,6 +108,39 @@ def test_samples_of_every_problem_give_avg_and_pass_at_k_and_compare_with_themse
         assert (same.documents, same.difference) == (2, 0.0)
     with pytest.raises(ValueError, match="the same answer again"):
         EvalRecipe(name="x", models={"a": "b"}, sampling=GREEDY, samples_per_problem=2)
+
+
+def test_results_and_samples_have_lm_eval_s_layout(folders: dict[str, str], tmp_path: Path) -> None:
+    """Rows as its own writer puts them down, and no key of its results file missing."""
+    console.configure(quiet=True)
+    tasks = ["glmctl_cloze", "glmctl_nothink", "glmctl_perplexity"]
+    recipe = EvalRecipe(name="r", models={"m": folders["small"]}, tasks=tasks, limit=3, sampling=GREEDY)
+    with Run.open(recipe, tmp_path / "run") as opened:
+        run(recipe, opened)
+        home = opened.export / "m"
+    lm = GlmctlLM(folders["small"], max_gen_toks=GREEDY.max_tokens)
+    settings = Settings(limit=3, bootstrap_iters=recipe.bootstrap_iters)
+    found = run_tasks(lm, tasks, TaskInputs(lm.template, GREEDY), settings)
+    tracker = EvaluationTracker(output_path=str(tmp_path / "theirs"))
+    tracker.general_config_tracker.log_experiment_args("glmctl", {"pretrained": "m"}, None, None, True)
+    samples = found.pop("samples")
+    tracker.save_results_aggregated(found, samples)
+    for task, rows in samples.items():
+        tracker.save_results_samples(task, rows)
+        (theirs,) = (tmp_path / "theirs").rglob(f"samples_{task}_2*.jsonl")
+        assert lines(home / f"samples_{task}.jsonl") == lines(theirs)
+    (theirs,) = (tmp_path / "theirs").rglob("results_*.json")
+    expected, ours = json.loads(theirs.read_text()), json.loads((home / "results.json").read_text())
+    assert set(expected) <= set(ours)
+    for key in ("results", "n-shot", "higher_is_better", "n-samples", "versions", "task_hashes"):
+        assert ours[key] == expected[key], key
+    again = EvalRecipe.model_validate(ours["reproduce"]["recipe"])
+    assert again == recipe, "the whole recipe is in the results"
+    assert set(ours["reproduce"]["weights"]) == {"config.json", "model.safetensors"}
+
+
+def lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 @pytest.mark.parametrize(

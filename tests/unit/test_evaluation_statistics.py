@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glmctl.evaluation.statistics import mcnemar, paired, pass_at_k, repeated
+from glmctl.evaluation.statistics import holm, mcnemar, paired, pass_at_k, repeated
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=8), st.data())
@@ -69,3 +69,17 @@ def test_two_equal_systems_are_not_told_apart() -> None:
 def test_unequal_documents_are_refused() -> None:
     with pytest.raises(ValueError, match="2 and 1"):
         paired([1.0, 0.0], [1.0])
+
+
+def test_holm_adjusts_step_down_and_never_reorders() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_adjusted_p_values_keep_their_order_and_the_smallest_is_bonferroni_s(p_values: list[float]) -> None:
+    adjusted = holm(p_values)
+    assert all(raw <= one <= 1.0 for raw, one in zip(p_values, adjusted, strict=True))
+    assert min(adjusted) == pytest.approx(min(1.0, len(p_values) * min(p_values)))
+    by_raw = [one for _, one in sorted(zip(p_values, adjusted, strict=True))]
+    assert by_raw == sorted(by_raw)
