@@ -46,8 +46,10 @@ def score_episodes(
                 engine.max_length,
             )
             row = responses.get(key)
-            fresh = Trajectory(problem.id, problem.task, group, sample, recipe.enable_thinking)
-            one = fresh if row is None else Trajectory.from_row({**row, "group": group})
+            if row is None:
+                one = Trajectory(problem.id, problem.task, group, sample, recipe.enable_thinking)
+            else:
+                one = Trajectory.from_row({**row, "group": group})
             asked.append((key, problem, one))
     keys = {(one.group, one.sample): key for key, _, one in asked}
     fresh = [(problem, one) for _, problem, one in asked if one.reward is None]

@@ -46,7 +46,10 @@ class Judge:
         import openai
 
         try:
-            reply = self._client.chat.completions.create(messages=messages, **self.settings())
+            reply = self._client.chat.completions.create(
+                messages=messages,  # type: ignore[arg-type]
+                **self.settings(),
+            )
         except openai.OpenAIError as error:
             raise EnvironmentProblem(
                 f"{self.url}: '{self.model}' does not answer: {error}", hint="the same command goes on from here"

@@ -150,13 +150,17 @@ def _short_lines(text: str) -> Iterator[str]:
         yield from textwrap.wrap(sentence, LINE_CHARS, break_on_hyphens=False)
 
 
+@functools.cache
+def _jargon_file() -> list[str]:
+    return [line for one in sources.documents([JARGON_FILE], seed=0) for line in _short_lines(one.text)]
+
+
 class _Filler:
     """Lines of text to hide something in, with their lengths in tokens."""
 
     def __init__(self, spec: Needle, tokenizer: Tokenizer) -> None:
         texts = [row["text"] for path in spec.texts for row in read_rows(Path(path), "text")]
-        texts = texts or [one.text for one in sources.documents([JARGON_FILE], seed=0)]
-        self.lines = [line for text in texts for line in _short_lines(text)]
+        self.lines = [line for text in texts for line in _short_lines(text)] if texts else _jargon_file()
         if not self.lines:
             raise RecipeError("needle.texts: nothing but white space in them")
         self._size = functools.cache(lambda text: len(tokenizer.encode_plain(text + BETWEEN)))
