@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from glmctl.recipe.rl_schedule import Curriculum, DynamicTemperature, LengthStage, Rollouts
 from glmctl.recipe.sections import AdamWSpec, CheckpointPolicy, Optimizer, RecipeBase, Sampling, Schedule, Section
 
 
@@ -78,6 +79,10 @@ class RlRecipe(RecipeBase):
     """Synchronous, colocated RL on verifiable rewards, rollouts from our own engine."""
 
     type: Literal["rl"] = "rl"
+    mode: Literal["full", "rollout_only", "train_only"] = Field(
+        "full", description="rollout_only: the weights stay as they are; train_only: on what another run recorded"
+    )
+    recorded: str | None = Field(None, description="the run whose rollouts/ train_only trains on")
     model: str
     problems: list[str] = Field(min_length=1, description="problem files to train on")
     heldout: list[str] = Field(min_length=1, description="problem files never trained on")
@@ -91,6 +96,12 @@ class RlRecipe(RecipeBase):
     oversample: float = Field(1.5, ge=1.0, description="prompts drawn per step, as a multiple of prompts_per_step")
     enable_thinking: bool = True
     sampling: Sampling = Sampling()
+    rollouts: Rollouts = Rollouts()
+    curriculum: Curriculum | None = Field(None, description="null = every problem, in shuffled order")
+    dynamic_temperature: DynamicTemperature | None = Field(None, description="null = sampling.temperature throughout")
+    lengths: list[LengthStage] = Field(
+        [], description="a progressive schedule; empty = one stage of sampling.max_tokens (what the report found best)"
+    )
     sandbox: SandboxSpec = SandboxSpec()
     objective: Objective = GrpoSpec()
     optimizer: Optimizer = AdamWSpec(weight_decay=0.0, betas=(0.9, 0.98))
@@ -101,3 +112,21 @@ class RlRecipe(RecipeBase):
     evaluate_every: int = Field(20, gt=0)
     checkpoint: CheckpointPolicy = CheckpointPolicy(every_steps=10)
     trackers: list[str] = Field([], description="Accelerate trackers beside metrics.jsonl")
+
+    @model_validator(mode="after")
+    def _modes_fit(self) -> RlRecipe:
+        if (self.mode == "train_only") != (self.recorded is not None):
+            raise ValueError("recorded belongs to mode train_only, and train_only needs it")
+        if self.mode == "train_only" and (self.curriculum or self.dynamic_temperature or self.lengths):
+            raise ValueError("train_only makes no rollouts: no curriculum, dynamic_temperature or lengths")
+        return self
+
+    @model_validator(mode="after")
+    def _lengths_grow(self) -> RlRecipe:
+        if self.lengths:
+            steps, sizes = [one.from_step for one in self.lengths], [one.max_tokens for one in self.lengths]
+            if steps[0] != 1 or sorted(set(steps)) != steps or sorted(sizes) != sizes:
+                raise ValueError("lengths must begin at step 1 and rise in steps and tokens")
+            if sizes[-1] != self.sampling.max_tokens:
+                raise ValueError("the last of lengths must be sampling.max_tokens, which held-out answers get")
+        return self

@@ -35,6 +35,17 @@ from glmctl.recipe.evaluation import EvalRecipe, Needle
 from glmctl.recipe.finetune import ConversationFiles, SftRecipe
 from glmctl.recipe.pretrain import Balance, BatchRamp, MtpLoss, PretrainRecipe, TrainStage, Validation
 from glmctl.recipe.rl import GrpoSpec, GspoSpec, OverlongPenalty, PolicySpec, RlRecipe, SandboxLevel, SandboxSpec
+from glmctl.recipe.rl_schedule import (
+    AfterSteps,
+    Curriculum,
+    DynamicTemperature,
+    HardStage,
+    LengthStage,
+    ModerateStage,
+    OnPlateau,
+    PlateauRule,
+    Rollouts,
+)
 from glmctl.recipe.sections import (
     AdamWSpec,
     CheckpointPolicy,
@@ -51,6 +62,7 @@ from glmctl.recipe.use import ConvertRecipe, ServeRecipe, Upcycling
 
 __all__ = [
     "AdamWSpec",
+    "AfterSteps",
     "AlgebraTask",
     "ArithmeticTask",
     "Balance",
@@ -61,9 +73,11 @@ __all__ = [
     "ConversationFiles",
     "ConversationsSource",
     "ConvertRecipe",
+    "Curriculum",
     "CustomTask",
     "DataRecipe",
     "DistillRecipe",
+    "DynamicTemperature",
     "EvalRecipe",
     "Expert",
     "FillInTheMiddle",
@@ -71,17 +85,22 @@ __all__ = [
     "GrpoSpec",
     "GspoSpec",
     "GymTask",
+    "HardStage",
     "HuggingFaceSource",
     "InstructionsTask",
     "JsonLinesSource",
+    "LengthStage",
+    "ModerateStage",
     "MtpLoss",
     "MuonSpec",
     "Needle",
+    "OnPlateau",
     "Optimizer",
     "OverlongPenalty",
     "ParquetSource",
     "PipelineRecipe",
     "PipelineStage",
+    "PlateauRule",
     "PolicySpec",
     "PretrainRecipe",
     "ProblemsRecipe",
@@ -90,6 +109,7 @@ __all__ = [
     "RecipeBase",
     "RepositoryHistory",
     "RlRecipe",
+    "Rollouts",
     "Sampling",
     "SandboxLevel",
     "SandboxSpec",

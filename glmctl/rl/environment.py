@@ -49,6 +49,11 @@ class Problem:
     answer: int | str
     state: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def verified(self) -> bool:
+        """Whether the answer is known to be right: of every generated task, and of rows that do not deny it."""
+        return self.state.get("verified", True) is True
+
     def to_row(self) -> dict[str, Any]:
         """The problem as one JSON-able row of a problem file."""
         row = asdict(self)
@@ -126,7 +131,8 @@ def read_problems(path: Path) -> list[Problem]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot read problems: {error}") from error
     problems = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # not splitlines, which also parts at characters that JSON leaves as they are
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

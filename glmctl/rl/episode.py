@@ -7,6 +7,7 @@ continuation is the rest of that block and the assistant's generation prompt.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +48,8 @@ class Trajectory:
     """every model turn parsed under the template and closed by the right role token"""
     detail: str = ""
     """what was malformed, or what failed"""
+    info: dict[str, Any] = field(default_factory=dict)
+    """what the environment said of its last judgement, e.g. how many tests passed"""
     messages: list[Message] = field(default_factory=list)
     tools: list[Tool] | None = None
 
@@ -82,6 +85,8 @@ class Episode:
         self._turns_left = max_turns
         self._turn_start = 0
         self._environment: Environment | None = None
+        self.judging_seconds = 0.0
+        """spent in the environment: rewards and tools"""
 
     def start(self, prompts: dict[str, list[int]]) -> None:
         """Reset the environment and encode the opening prompt; `prompts` remembers it for the problem's other samples.
@@ -101,6 +106,37 @@ class Episode:
                 trajectory.messages, trajectory.tools, enable_thinking=trajectory.enable_thinking
             )
         self._append(prompts[self._problem.id])
+
+    def resume(self) -> None:
+        """Bring a fresh environment to where a carried trajectory stopped, by its messages again.
+
+        Environments are deterministic, so the observations are those that stand in its tokens. One that fails now, or
+        ends earlier, ends the episode as infrastructure.
+        """
+        trajectory = self.trajectory
+        # the turn that was cut short, or is about to begin, starts behind the last token that is not the model's
+        self._turn_start = len(trajectory.tokens) - _trailing(trajectory.loss_mask)
+        self._turns_left -= len(trajectory.assistant_turns)
+        try:
+            self._environment = environment(self._problem)
+            self._environment.reset()
+            for message in trajectory.assistant_turns:
+                if self._environment.step(message).done:
+                    raise InfrastructureFailure("the environment ended where it had gone on before")
+        except GlmctlError:
+            raise
+        except Exception as error:  # noqa: BLE001 - see _act
+            self._fail(error)
+
+    @property
+    def turn_tokens(self) -> int:
+        """Tokens that the present turn has."""
+        return len(self.trajectory.tokens) - self._turn_start
+
+    def suspend(self, version: int) -> None:
+        """The rollout is stopped here; what the turn has was made by weights `version`."""
+        if self.turn_tokens and not self.done:
+            self.trajectory.versions.append(version)
 
     def push(self, token: int, logprob: float) -> None:
         """One more token of the model's turn, with its log-prob under the sampling temperature."""
@@ -128,6 +164,7 @@ class Episode:
 
     def _act(self, message: Message) -> None:
         assert self._environment is not None
+        began = time.perf_counter()
         try:
             transition = self._environment.step(message)
         except GlmctlError:
@@ -135,10 +172,13 @@ class Episode:
         except Exception as error:  # noqa: BLE001 - whatever an environment raises is its failure, not the model's:
             # recorded, counted, masked, and the run stops when a fifth of a batch ends so
             return self._fail(error)
+        finally:
+            self.judging_seconds += time.perf_counter() - began
         if transition.done:
             assert transition.reward is not None
             assert transition.stop is not None
             self.trajectory.well_formed = True
+            self.trajectory.info = {key: value for key, value in transition.info.items() if key != "problem"}
             return self._end(transition.reward, transition.stop, str(transition.info.get("problem", "")))
         self.trajectory.messages += transition.messages
         if self._turns_left == 0:
@@ -176,3 +216,8 @@ class Episode:
         self.done = True
         self.trajectory.reward, self.trajectory.stop_reason = None, StopReason.INFRASTRUCTURE
         self.trajectory.detail = f"{type(error).__name__}: {error}"
+
+
+def _trailing(mask: Sequence[int]) -> int:
+    """How many ones `mask` ends with."""
+    return next((count for count, made in enumerate(reversed(mask)) if not made), len(mask))

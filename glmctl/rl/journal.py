@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from glmctl.data.chat import ChatTemplate
+from glmctl.recipe.schema import PolicySpec, Sampling
+from glmctl.rl.collect import Batch
 from glmctl.rl.episode import Trajectory
+from glmctl.rl.learn import breakdown
 from glmctl.rl.score import Score
 from glmctl.run.directory import Run
 from glmctl.run.metrics import MetricsLog
@@ -37,19 +40,31 @@ class Journal:
         self._trajectories.truncate("step", done)
         self.heldout = next((row["heldout"] for row in reversed(self._metrics.rows()) if "heldout" in row), 0.0)
 
-    def evaluated(self, step: int, score: Score) -> None:
+    def evaluated(self, step: int, score: Score, fields: Mapping[str, Any]) -> None:
         """A score without a training step: the one before the first."""
-        self._metrics.append({"step": step, **self._score(step, score)})
+        self._metrics.append({"step": step, **fields, **self._score(step, score)})
 
     def stepped(
-        self, step: int, row: Mapping[str, Any], trajectories: Sequence[Trajectory], score: Score | None
-    ) -> None:
-        """One training step, with the score after it if there is one; the first and every tenth with rollouts."""
+        self,
+        step: int,
+        row: Mapping[str, Any],
+        batch: Batch,
+        spec: PolicySpec,
+        sampling: Sampling,
+        score: Score | None,
+    ) -> dict[str, Any]:
+        """One training step, with the score after it if there is one; the first and every tenth with rollouts.
+
+        Returns the row of metrics.
+        """
         held = self._score(step, score) if score is not None else {}
-        self._metrics.append({"step": step, **row, **held})
+        body = {"step": step, **row, **held}
+        self._metrics.append(body)
         if step == 1 or step % EVERY_STEPS == 0:
-            for one in trajectories[:TRAJECTORIES]:
-                self._trajectories.append({"step": step, **one.to_row()})
+            for one, parts in _sampled(batch, spec, sampling.max_tokens):
+                reply = sample_row(one, self._template)["reply"]
+                self._trajectories.append({"step": step, "reply": reply, "breakdown": parts, **one.to_row()})
+        return body
 
     def _score(self, step: int, score: Score) -> dict[str, Any]:
         for one in score.samples[:SAMPLES]:
@@ -61,6 +76,20 @@ class Journal:
             "heldout_well_formed": score.well_formed,
             "heldout_tokens": score.mean_tokens,
         }
+
+
+def _sampled(
+    batch: Batch, spec: PolicySpec, max_tokens: int
+) -> list[tuple[Trajectory, dict[str, float | None] | None]]:
+    """A few rollouts of the batch, each with what became of its reward; None where its group was not trained on."""
+    parts = {id(one): part for group in batch.groups for one, part in _with_parts(group, spec, max_tokens)}
+    return [(one, parts.get(id(one))) for one in batch.ended[:TRAJECTORIES]]
+
+
+def _with_parts(
+    group: Sequence[Trajectory], spec: PolicySpec, max_tokens: int
+) -> Iterator[tuple[Trajectory, dict[str, float | None]]]:
+    return zip(group, breakdown(group, spec, max_tokens=max_tokens), strict=True)
 
 
 def sample_row(trajectory: Trajectory, template: ChatTemplate) -> dict[str, Any]:

@@ -64,6 +64,23 @@ def weigh(
     ]
 
 
+def breakdown(group: Sequence[Trajectory], spec: PolicySpec, *, max_tokens: int) -> list[dict[str, float | None]]:
+    """What became of each sample's reward: `verifier`, `overlong` (the penalty), `shaped` (their sum, None where the
+    sample is left out), and its `advantage` in the group.
+    """
+    rewards = [shaped_reward(one, spec, max_tokens) for one in group]
+    advantages = group_advantages(rewards, std_normalize=spec.std_normalize)
+    return [
+        {
+            "verifier": one.reward,
+            "overlong": overlong_of(one, spec.overlong, max_tokens),
+            "shaped": reward,
+            "advantage": None if reward is None else advantage,
+        }
+        for one, reward, advantage in zip(group, rewards, advantages, strict=True)
+    ]
+
+
 def shaped_reward(one: Trajectory, spec: PolicySpec, max_tokens: int) -> float | None:
     """The reward that advantages are made of: None when masked, less the over-long penalty of its longest turn."""
     if one.reward is None or (spec.mask_truncated and one.stop_reason is StopReason.TRUNCATED):

@@ -26,9 +26,13 @@ INFRASTRUCTURE_LIMIT = 0.2
 """share of failed episodes above which a batch says more about the machine than about the model"""
 
 
-def rollout_engine(model: GlmMoe, episode_tokens: int) -> Engine:
-    """An engine for episodes of at most `episode_tokens` tokens (and never more than the model's context)."""
-    return Engine(model, max_slots=MAX_SLOTS, max_length=min(episode_tokens, model.config.max_position_embeddings))
+def rollout_engine(model: GlmMoe, episode_tokens: int, *, speculative: int = 0) -> Engine:
+    """An engine for episodes of at most `episode_tokens` tokens (and never more than the model's context).
+
+    speculative: tokens that the MTP layer drafts in a step; they change speed, never the distribution.
+    """
+    length = min(episode_tokens, model.config.max_position_embeddings)
+    return Engine(model, max_slots=MAX_SLOTS, max_length=length, speculative=speculative)
 
 
 def rollout(
@@ -73,13 +77,15 @@ def play(
     max_turns: int,
     finished: Callable[[Trajectory], None] | None = None,
     stopped: Callable[[], bool] = lambda: False,
-) -> None:
-    """Play every fresh trajectory in place, at most `IN_FLIGHT` at once; those of one problem differ in `sample`.
+) -> float:
+    """Play every trajectory in place, at most `IN_FLIGHT` at once; those of one problem differ in `sample`.
 
-    `finished` is called with each the moment it ends, whatever its end. Once `stopped` says so, what is under way is
-    given up and the call returns. `group` and `sample` together name a trajectory.
+    One that has tokens already goes on where it stopped. `finished` is called with each the moment it ends, whatever
+    its end. Once `stopped` says so, what is under way is given up as it is, so that it may be played on later, and the
+    call returns. `group` and `sample` together name a trajectory. Returns the seconds spent in environments.
     """
     running: dict[str, Episode] = {}
+    judging = 0.0
     stop_ids = tuple(template.tokenizer.eos_ids)
 
     def submit(episode: Episode) -> None:
@@ -99,8 +105,10 @@ def play(
             if finished is not None:
                 finished(trajectory)
             return
+        # a turn that was cut short has some of its tokens
+        left = max(1, sampling.max_tokens - episode.turn_tokens)
         params = SamplingParams(
-            max_tokens=min(sampling.max_tokens, room),
+            max_tokens=min(left, room),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
@@ -120,11 +128,14 @@ def play(
             fresh = list(islice(waiting, IN_FLIGHT - len(running)))
             for problem, trajectory in fresh:
                 episode = Episode(template, problem, trajectory, max_turns)
-                episode.start(prompts)
+                if trajectory.tokens:
+                    episode.resume()
+                else:
+                    episode.start(prompts)
                 submit(episode)
             if not running:
                 if not fresh:
-                    return
+                    break
                 continue
             for event in engine.step():
                 episode = running[event.id]
@@ -132,8 +143,13 @@ def play(
                 episode.push(event.token, event.logprob)
                 if event.finish_reason is not None:
                     del running[event.id]
+                    before = episode.judging_seconds
                     episode.finish_turn(event.finish_reason, event.weight_version)
+                    judging += episode.judging_seconds - before
                     submit(episode)
+        for episode in running.values():
+            episode.suspend(engine.version)
+        return judging
     finally:
         # only an exception or a stop leaves requests here; the engine may be shared and must not go on with them
         for name in running:

@@ -20,6 +20,7 @@ from glmctl.run.charts import timeline
 from glmctl.run.headline import figure, headline, words
 from glmctl.run.report_charts import eval_section, pretrain_section, rl_section, sft_section
 from glmctl.run.report_distill import distill_section
+from glmctl.run.report_rollouts import rollout_section
 from glmctl.run.report_samples import reply_section, sample_section
 from glmctl.run.view import StageView, collect, of_kind, read_json
 
@@ -37,6 +38,7 @@ def report(root: Path) -> Path:
         time_card(stages),
         summary_table(stages),
         *chart_sections(stages),
+        rollout_section(stages),
         sample_section(stages),
         reply_section(stages),
         footer(root),

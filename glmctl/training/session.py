@@ -6,7 +6,7 @@ One `Session` per run and process. Under several processes all ranks call everyt
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,9 @@ class Session:
         policy: CheckpointPolicy,
         trackers: Sequence[str] = (),
         spike_factor: float | None = None,
+        driver_state: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
+        """driver_state: what the driver wants in every checkpoint, JSON-able; `driver` holds it after a resume."""
         self.model = model
         self.run = run
         self.accelerator = accelerator
@@ -60,6 +62,9 @@ class Session:
         guard = StepGuard(spike_factor, self.skips)
         self.stepper = Stepper(model, self.optimizer, accelerator, grad_clip=grad_clip, guard=guard)
         self.samples = MetricsLog(run.samples, writable=run.writer)
+        self.driver: dict[str, Any] | None = None
+        """what `driver_state` gave when the checkpoint was taken that `resume` has loaded"""
+        self._driver_state = driver_state
         self._writer = checkpoint.BackgroundWriter()
         # however a driver ends, nothing is written any more when the run gives its lock back
         run.before_close(self._writer.wait)
@@ -78,6 +83,7 @@ class Session:
             state, _ = found
             done = int(state["step"])
             self.stepper.guard.load_state(state["stepper"])
+            self.driver = state.get("driver")
             console.note(f"resuming after step {done}")
         # -1: without a checkpoint even the samples from before the first step are written again
         after = done if found is not None else -1
@@ -128,7 +134,9 @@ class Session:
         """Copy this moment and write it as a checkpoint in the background; `export` and the run's end wait for it."""
         if self.run.writer:
             config = self.model.config.model_dump(mode="json")
-            state = {"step": step, "stepper": self.stepper.guard.state(), "model": config}
+            state: dict[str, Any] = {"step": step, "stepper": self.stepper.guard.state(), "model": config}
+            if self._driver_state is not None:
+                state["driver"] = dict(self._driver_state())
             # before the copy: two copies at once would double the memory that this needs
             self._writer.wait()
             taken = checkpoint.snapshot(self.model, self.optimizer, state)

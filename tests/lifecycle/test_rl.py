@@ -18,14 +18,14 @@ from glmctl.model.network import GlmMoe
 from glmctl.recipe.schema import ArithmeticTask, ProblemsRecipe, RlRecipe, Sampling
 from glmctl.rl import grpo, problems
 from glmctl.rl.environment import StopReason
-from glmctl.rl.episode import Trajectory
+from glmctl.rl.episode import Episode, Trajectory
 from glmctl.rl.policy import Policy
-from glmctl.rl.rollout import rollout as real_rollout
+from glmctl.rl.prompts import Prompts
 from glmctl.rl.score import score, summarize
 from glmctl.run.atomic import sha256_file
 from glmctl.run.directory import Run
 
-TIMES = {"seconds_generate", "seconds_train"}
+TIMES = {"seconds_generate", "seconds_reward", "seconds_train"}
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +62,16 @@ def recipe_of(place: Path, **changes: Any) -> RlRecipe:
 @pytest.fixture
 def paid(monkeypatch) -> None:
     """An untrained model earns nothing by arithmetic; here it is paid for the share of small token ids it writes."""
+    real = Episode.finish_turn
 
-    def rollout(*args: Any, **kwargs: Any) -> list[Trajectory]:
-        trajectories = real_rollout(*args, **kwargs)
-        for one in trajectories:
+    def finish_turn(episode: Episode, reason: str, version: int) -> None:
+        real(episode, reason, version)
+        one = episode.trajectory
+        if episode.done:
             made = [t for t, m in zip(one.tokens, one.loss_mask, strict=True) if m]
             one.reward, one.stop_reason = sum(t < 128 for t in made) / len(made), StopReason.ANSWERED
-        return trajectories
 
-    monkeypatch.setattr(grpo, "rollout", rollout)
+    monkeypatch.setattr(Episode, "finish_turn", finish_turn)
 
 
 def rows_without_times(path: Path) -> list[dict[str, Any]]:
@@ -152,7 +153,9 @@ def test_what_a_run_writes_down(place, tmp_path, paid) -> None:
     first = json.loads(lines[0])
     assert first["step"] == 1
     assert len(first["tokens"]) == len(first["loss_mask"]) == len(first["logprobs"])
-    assert Trajectory.from_row({k: v for k, v in first.items() if k != "step"}).stop_reason is StopReason.ANSWERED
+    assert (
+        Trajectory.from_row({k: first[k] for k in vars(Trajectory("p", "t", 0, 0))}).stop_reason is StopReason.ANSWERED
+    )
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert {row["step"] for row in samples} == {0, 1, 2}
     assert all(row["prompt"].startswith("Compute") for row in samples)
@@ -208,15 +211,16 @@ def test_recipes_that_cannot_learn_are_refused(place, tmp_path) -> None:
         train(recipe_of(place, problems=["nowhere.jsonl"]), tmp_path / "c")
 
 
-def test_prompts_are_a_function_of_seed_and_step_and_cover_every_epoch(place) -> None:
-    recipe = recipe_of(place, dynamic_sampling=True, oversample=1.5)
-    train_problems, _ = grpo.load_problems(recipe)
-    # 6 prompts a step, 60 problems: 10 steps are one epoch
-    for epoch in (0, 1):
-        drawn = [p.id for s in range(1, 11) for p in grpo.prompts_of_step(train_problems, recipe, 10 * epoch + s)]
-        assert sorted(drawn) == sorted(p.id for p in train_problems)
-    assert grpo.prompts_of_step(train_problems, recipe, 1) == grpo.prompts_of_step(train_problems, recipe, 1)
-    assert grpo.prompts_of_step(train_problems, recipe, 1) != grpo.prompts_of_step(train_problems, recipe, 11)
+def test_prompts_are_a_function_of_seed_and_place_and_cover_every_epoch(place) -> None:
+    train_problems, _ = grpo.load_problems(recipe_of(place))
+    prompts = Prompts(train_problems, seed=0)
+    epochs = [[p.id for p in prompts.take(60)] for _ in range(2)]
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(p.id for p in train_problems)
+    assert epochs[0] != epochs[1]
+    again = Prompts(train_problems, seed=0, drawn=57)
+    assert [p.id for p in again.take(6)] == epochs[0][57:] + epochs[1][:3]
+    assert [p.id for p in Prompts(train_problems, seed=0, name="hard").take(60)] != epochs[0]
 
 
 def test_scores_of_a_folder_and_of_a_live_model_agree(place) -> None:

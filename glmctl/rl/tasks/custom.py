@@ -1,7 +1,8 @@
 """A user's own problems: JSON lines with a `prompt`, judged by a Python function of theirs.
 
 The function is named `package.module:function` and called as `(reply, problem) -> float` in -1..1; `problem` is
-{"id", "prompt", "answer", "state"}, where state["row"] is the line as it was written.
+{"id", "prompt", "answer", "state"}, where state["row"] is the line as it was written. A row with `"verified": false`
+has an answer that nobody has checked; a curriculum leaves it out.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def generate(spec: CustomTask, count: int, rng: random.Random) -> list[Problem]:
                 raise DataError(f"{path}:{number}: expected an object with a 'prompt': {error!r}") from error
             if not isinstance(prompt, str):
                 raise DataError(f"{path}:{number}: 'prompt' must be a string")
-            state = {"verifier": spec.verifier, "row": row}
+            state = {"verifier": spec.verifier, "row": row, "verified": row.get("verified", True) is True}
             found[prompt] = Problem(f"{path.name}:{number}", "custom", prompt, str(row.get("answer", "")), state)
     if len(found) < count:
         raise RecipeError(f"task.paths: {len(found)} different prompts, {count} are asked for")

@@ -88,11 +88,14 @@ def _row(line: str, where: str) -> dict[str, Any]:
 
 
 def _problem(row: dict[str, Any], name: str, rng: random.Random) -> Problem:
+    verified = row.get("expert_verified") is True
     if not row.get("choices"):
-        return Problem(name, "science", row["question"], " ".join(row["answer"].split()), {"open": True})
+        state = {"open": True, "verified": verified}
+        return Problem(name, "science", row["question"], " ".join(row["answer"].split()), state)
     order = list(range(len(row["choices"])))
     rng.shuffle(order)
     letters = string.ascii_uppercase
     options = [f"{letters[at]}. {row['choices'][index]}" for at, index in enumerate(order)]
     prompt = "\n".join([row["question"], *options, "Answer with the letter."])
-    return Problem(name, "science", prompt, letters[order.index(row["answer"])], {"open": False})
+    state = {"open": False, "verified": verified}
+    return Problem(name, "science", prompt, letters[order.index(row["answer"])], state)
