@@ -219,6 +219,7 @@ class ToolUseTask(Section):
 
     type: Literal["tool_use"] = "tool_use"
     max_value: int = Field(99, gt=0)
+    hasty: float = Field(0.0, ge=0.0, le=1.0, description="share of demonstrations that guess instead of calling")
 
 
 Task = Annotated[

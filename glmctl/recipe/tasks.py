@@ -30,6 +30,7 @@ class CodeTask(Section):
     type: Literal["code"] = "code"
     max_value: int = Field(60, gt=2, description="the largest number in a problem; there are ten kinds for each")
     cases: int = Field(6, gt=0, description="hidden calls a problem")
+    hasty: float = Field(0.0, ge=0.0, le=1.0, description="share of demonstrations with a plausible slip in them")
 
 
 class ScienceTask(Section):

@@ -11,11 +11,11 @@ from typing import Any
 from glmctl import console
 from glmctl.data.conversations import Conversation
 from glmctl.errors import RecipeError
-from glmctl.recipe.schema import ArithmeticTask, ProblemsRecipe
+from glmctl.recipe.schema import ArithmeticTask, CodeTask, ProblemsRecipe, ToolUseTask
 from glmctl.rl import tasks
 from glmctl.rl.environment import Problem
 from glmctl.rl.seeds import derive_seed
-from glmctl.rl.tasks import arithmetic
+from glmctl.rl.tasks import arithmetic, code, tool_use
 from glmctl.run import atomic
 from glmctl.run.directory import Run
 
@@ -53,10 +53,17 @@ def generate(recipe: ProblemsRecipe) -> list[Problem]:
 
 def show(problem: Problem, recipe: ProblemsRecipe) -> Conversation:
     """The demonstration of one training problem, in the manner that the recipe's shares and seed give it."""
-    if not isinstance(recipe.task, ArithmeticTask):
+    task = recipe.task
+    if not isinstance(task, ArithmeticTask | CodeTask | ToolUseTask):
         return tasks.demonstrate(problem)
-    draw = random.Random(derive_seed(recipe.seed, "manner", problem.id)).random()
-    return arithmetic.demonstrate(problem, hasty=draw < recipe.task.hasty)
+    hasty = random.Random(derive_seed(recipe.seed, "manner", problem.id)).random() < task.hasty
+    match task.type:
+        case "arithmetic":
+            return arithmetic.demonstrate(problem, hasty=hasty)
+        case "code":
+            return code.demonstrate(problem, hasty=hasty)
+        case "tool_use":
+            return tool_use.demonstrate(problem, hasty=hasty)
 
 
 def _lines(rows: Iterable[dict[str, Any]]) -> str:

@@ -46,6 +46,11 @@ def sandbox(spec: SandboxSpec) -> Iterator[None]:
         _SPEC.reset(token)
 
 
+def current() -> SandboxSpec:
+    """The spec that candidates are run by."""
+    return _SPEC.get()
+
+
 def run_tests(code: str, entry: str, cases: Sequence[tuple[list[Any], Any]]) -> Tested:
     """Define `code`, call `entry` with the arguments of each case, and compare with its expected value, types too.
 

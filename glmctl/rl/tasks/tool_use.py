@@ -91,12 +91,18 @@ def generate(spec: ToolUseTask, count: int, rng: random.Random) -> list[Problem]
     return list(prompts.values())
 
 
-def demonstrate(problem: Problem) -> Conversation:
+def demonstrate(problem: Problem, *, hasty: bool = False) -> Conversation:
     """The scripted solution: the calls one after another, each announced in the reasoning, then the number.
 
     It is announced in the question's own words, so that each value follows the word it follows there: looking up what
     came after the same word before is the first copying a transformer learns (Olsson et al. 2022, induction heads).
+
+    A hasty one calls nothing and states a number out of nowhere, which earns nothing even where it is right.
     """
+    if hasty:
+        number = str(derive_seed(problem.state["seed"], "guess") % (problem.state["max_value"] + 1))
+        guess = {"role": "assistant", "reasoning_content": f"guess {number}", "content": number}
+        return Conversation(messages=[{"role": "user", "content": problem.prompt}, guess], tools=TOOLS)
     shop = _shop(problem)
     messages: list[Message] = [{"role": "user", "content": problem.prompt}]
     result = ""
