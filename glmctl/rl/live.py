@@ -47,7 +47,7 @@ def live(label: str, total: int, start: int) -> Iterator[Callable[[Mapping[str, 
 
         def say(row: Mapping[str, Any]) -> None:
             shown: dict[str, float | str] = {k: v for k, v in cells(row).items() if k != "step" and v != "-"}
-            progress.advance(**shown)
+            progress.advance(1, **shown)
 
         yield say
 

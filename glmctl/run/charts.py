@@ -195,10 +195,13 @@ class _Axes:
 
 
 def _legend(frame: Frame, entries: Sequence[tuple[str, int]]) -> list[str]:
-    """Names with their colour, right-aligned on the title line; widths are guessed at 6.2 units a letter."""
+    """Names with their colour, right-aligned on the title line; widths are guessed at 6.2 units a letter.
+
+    A line without a name is left out: it belongs to the one before it.
+    """
     parts: list[str] = []
     x = frame.width - frame.right
-    for name, color in reversed(entries):
+    for name, color in reversed([entry for entry in entries if entry[0]]):
         x -= 6.2 * len(name)
         parts.append(f'<text class="legend" x="{x:.1f}" y="14">{escape(name)}</text>')
         x -= 16

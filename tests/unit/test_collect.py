@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from glmctl.data.chat import ChatTemplate
 from glmctl.data.tokenizer import Tokenizer
@@ -262,3 +264,34 @@ def test_a_failing_judge_in_a_carried_group_is_masked(template, monkeypatch) -> 
     assert {one.problem_id for one in failed} == {broken}
     assert all(one.stop_reason is StopReason.INFRASTRUCTURE for one in failed)
     assert failed[0].detail == "RuntimeError: down"
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=7, max_size=7),
+    staleness=st.integers(1, 3),
+    oversample=st.floats(1.0, 3.0),
+    cut=st.integers(1, 5),
+)
+def test_staleness_is_bounded_and_every_rollout_trained_at_most_once(
+    template, lengths: list[int], staleness: int, oversample: float, cut: int
+) -> None:
+    """Reliability R5 for the synchronous buffer, whatever the lengths; a resume in between changes neither."""
+    engine = typist(template, lambda p, s: lengths[(PROBLEMS.index(p) + 3 * s) % 7], half)
+    one = recipe(
+        oversample=oversample, rollouts={"until_full": True, "unfinished": "carry", "max_staleness": staleness}
+    )
+    collector, prompts, seen = Collector(one, engine, template), Prompts(PROBLEMS, 0), set[tuple[str, int, int]]()
+    for step in range(1, 8):
+        engine.version = step - 1
+        if step == cut:
+            saved = json.loads(json.dumps([group.to_row() for group in collector.carried]))
+            collector, prompts = Collector(one, engine, template), Prompts(PROBLEMS, 0, drawn=prompts.drawn)
+            collector.carried = [Group.from_row(row) for row in saved]
+        batch = collect(collector, prompts, step)
+        trained = [t for group in batch.groups for t in group]
+        check_versions(trained, step - 1, max_staleness=staleness)
+        names = {(t.problem_id, t.sample, t.born) for t in trained}
+        assert len(names) == len(trained)
+        assert not names & seen
+        seen |= names

@@ -15,18 +15,22 @@ import pytest
 from glmctl.errors import DataError, RecipeError
 from glmctl.recipe.schema import (
     AlgebraTask,
+    ArithmeticTask,
     CodeTask,
     CustomTask,
     GymTask,
     InstructionsTask,
+    ProblemsRecipe,
     SandboxSpec,
     ScienceTask,
+    ToolUseTask,
 )
+from glmctl.rl import problems as problems_module
 from glmctl.rl import verifier
 from glmctl.rl.environment import InfrastructureFailure, Problem, StopReason
 from glmctl.rl.sandbox import boxes
 from glmctl.rl.sandbox.execute import sandbox
-from glmctl.rl.tasks import code, demonstrate, environment, generate, instructions, science
+from glmctl.rl.tasks import code, demonstrate, environment, generate, instructions, science, tool_use
 
 needs_box = pytest.mark.skipif(
     all(boxes.missing(level) for level in ("B", "C")), reason="this machine offers no sandbox"
@@ -85,6 +89,41 @@ def test_code_is_judged_by_hidden_cases() -> None:
         assert reward(problem, "```python\nwhile True: pass\n```") == 0.0
         assert reward(problem, "def f(x): return x") == 0.0
     assert code.written_code("a\n```py\nx\n```\nb\n```\ny\n```") == "y\n"
+
+
+def test_a_slip_is_wrong_in_every_problem() -> None:
+    """A hasty demonstration of code earns nothing: some hidden case sees its slip, and sees none in the other."""
+    for problem in generate(CodeTask(max_value=250), 600, random.Random(3)):
+        for hasty in (False, True):
+            text = demonstrate_code(problem, hasty=hasty)
+            scope: dict = {}
+            exec(text, scope)
+            passed = 0
+            for arguments, expected in problem.state["cases"]:
+                with contextlib.suppress(TypeError):
+                    passed += scope["f"](*arguments) == expected
+            assert (passed < len(problem.state["cases"])) == hasty, (problem.prompt, text)
+
+
+def demonstrate_code(problem: Problem, *, hasty: bool) -> str:
+    return str(code.written_code(str(code.demonstrate(problem, hasty=hasty).messages[-1]["content"])))
+
+
+def test_a_guess_earns_nothing_even_where_it_is_right() -> None:
+    for problem in generate(ToolUseTask(max_value=1), 30, random.Random(3)):
+        (_, guess) = tool_use.demonstrate(problem, hasty=True).messages
+        assert environment(problem).reset()
+        assert reward(problem, guess["content"]) == 0.0
+        assert reward(problem, str(problem.answer)) == 0.0
+
+
+@pytest.mark.parametrize("task", [CodeTask(hasty=0.3), ToolUseTask(hasty=0.3), ArithmeticTask(terms=(3, 3), hasty=0.3)])
+def test_the_share_of_hasty_demonstrations_is_the_recipes(task) -> None:
+    recipe = ProblemsRecipe(name="p", task=task, train=300, heldout=20, cold_start=300, seed=5)
+    problems = problems_module.generate(recipe)
+    whole = recipe.model_copy(update={"task": task.model_copy(update={"hasty": 0.0})})
+    hasty = sum(problems_module.show(p, recipe) != problems_module.show(p, whole) for p in problems)
+    assert 0.22 < hasty / len(problems) < 0.38
 
 
 @pytest.mark.parametrize(
@@ -172,6 +211,8 @@ def test_the_filter_keeps_expert_verified_multiple_choice_only(questions: str) -
     with pytest.raises(RecipeError, match="10 of 21 questions are left by filter 'expert_mcq', 11 are asked for"):
         generate(ScienceTask(paths=[questions]), 11, random.Random(0))
     assert len({p.answer for p in strict}) > 1  # shuffled
+    assert all(p.verified for p in strict)
+    assert sum(p.verified for p in mixed) == 10
     for problem in mixed:
         assert reward(problem, shown(problem)) == 1.0
         if not problem.state["open"]:
