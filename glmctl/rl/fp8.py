@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from glmctl.convert.fp8 import BLOCK, LARGEST, SMALLEST_AMAX
+from glmctl.model.fp8 import BLOCK, LARGEST, SMALLEST_AMAX
 from glmctl.model.network import GlmMoe
 
 _MATRICES = ("_proj.weight", "_proj_with_mqa.weight", ".wq.weight", "experts.down_proj")
