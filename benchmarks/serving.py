@@ -3,9 +3,11 @@
     python benchmarks/serving.py --size small --rounds 3 --json serving.json
 
 One random checkpoint and the same prompts for all; whoever is measured runs alone, one after the other, again in each
-round (A B C A B C); the table has medians and (spread: highest less lowest, in percent of the median). Decoding is
-timed as a whole request of many tokens less one of a single token, so the prompt does not count. The ceiling is
-what reading the active weights once a step allows at the memory bandwidth measured in the same run.
+round (A B C A B C); the table has medians and (spread: highest less lowest, in percent of the median), and ratios as
+medians over the rounds. Decoding is timed as a whole request of many tokens less one of a single token, so the prompt
+does not count. A sample during which other processes took more than 6 % of a core is taken again, up to three times,
+and the least disturbed one counts. The ceiling is what reading the active weights once a step allows at the memory
+bandwidth measured in the same run.
 
 Needs transformers for its column, and xllamacpp and gguf for llama.cpp's; what is missing is left out and said.
 """
@@ -27,8 +29,9 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 
@@ -60,6 +63,20 @@ SIZES = {
 }  # fmt: skip
 """the models of shared/design/performance.md, without an MTP layer"""
 
+HF_EXPERTS = {"hf": "grouped_mm", "hf-eager": "eager"}
+"""how transformers computes experts: its default, and the loop"""
+RATIOS = {
+    "fp32 / transformers": ("glmctl native", ("transformers grouped_mm", "transformers eager")),
+    "fp32 / llama.cpp F32": ("glmctl native", ("llama.cpp float32",)),
+    "int8 / llama.cpp Q8_0": ("glmctl native-int8", ("llama.cpp q8_0",)),
+    "fp32 / best of all fp32": (
+        "glmctl native",
+        ("transformers grouped_mm", "transformers eager", "llama.cpp float32"),
+    ),
+}
+"""name -> ours, and the peers of which each round's best counts"""
+QUIET, TRIES = 0.06, 3
+"""cores that others may take during a sample, and how often it is taken again for more"""
 STREAMS = (1, 8, 32)
 DECODE_PROMPT, PREFILL_PROMPT = 32, 512
 Prompts = list[list[int]]
@@ -97,7 +114,7 @@ class Figures:
     first_token: list[float] = field(default_factory=list)
     """seconds from request to first token of that prompt"""
     others: list[float] = field(default_factory=list)
-    """cores that other processes kept busy meanwhile"""
+    """cores that other processes kept busy during a sample that counted"""
 
 
 # ---------------------------------------------------------------------------------------------------- the engines
@@ -115,13 +132,19 @@ def ours(model: GlmMoe, runner: RunnerName) -> Generate:
     return generate
 
 
-def hugging_face(folder: Path) -> Generate:
+@lru_cache(maxsize=1)
+def hugging_face_model(folder: Path) -> Any:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    model = transformers.Glm4MoeForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return transformers.Glm4MoeForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def hugging_face(folder: Path, experts: str) -> Generate:
+    model = hugging_face_model(folder)
 
     def generate(prompts: Prompts, new: int) -> Prompts:
+        model.set_experts_implementation(experts)
         tokens = torch.tensor(prompts)
         made = model.generate(
             tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, min_new_tokens=new, do_sample=False
@@ -161,16 +184,14 @@ def llama_cpp(gguf: Path, threads: int) -> Generate:
 def engines(folder: Path, wanted: list[str], threads: int) -> Iterator[tuple[str, Generate]]:
     """Those that can be had, by name; what cannot is said."""
     model = load_model(folder).requires_grad_(False)
-    names: dict[str, RunnerName] = {"torch": "torch", "native": "native", "native-bf16": "native-bf16",
-                                    "native-int8": "native-int8"}  # fmt: skip
     for name in wanted:
-        if name in names:
-            yield f"glmctl {name}", ours(model, names[name])
-        elif name == "hf":
+        if name in get_args(RunnerName):
+            yield f"glmctl {name}", ours(model, cast(RunnerName, name))
+        elif name in HF_EXPERTS:
             if importlib.util.find_spec("transformers") is None:
-                print("left out: hf (transformers is not installed)", file=sys.stderr)
+                print(f"left out: {name} (transformers is not installed)", file=sys.stderr)
                 continue
-            yield "transformers fp32", hugging_face(folder)
+            yield f"transformers {HF_EXPERTS[name]}", hugging_face(folder, HF_EXPERTS[name])
         else:
             missing = [package for package in ("xllamacpp", "gguf") if importlib.util.find_spec(package) is None]
             if missing:
@@ -201,13 +222,17 @@ def busy() -> tuple[float, float]:
 
 
 def timed(call: Callable[[], Any], figures: Figures) -> float:
-    before = busy()
-    start = time.perf_counter()
-    call()
-    seconds = time.perf_counter() - start
-    after = busy()
-    figures.others.append(max(0.0, after[0] - before[0] - (after[1] - before[1])) / seconds)
-    return seconds
+    """Seconds of a call, the least disturbed of up to TRIES."""
+    samples: list[tuple[float, float]] = []
+    while len(samples) < TRIES and (not samples or min(samples)[0] > QUIET):
+        before = busy()
+        start = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - start
+        after = busy()
+        samples.append((max(0.0, after[0] - before[0] - (after[1] - before[1])) / seconds, seconds))
+    figures.others.append(min(samples)[0])
+    return min(samples)[1]
 
 
 def measure(generate: Generate, figures: Figures, vocab: int, seed: int, new: dict[int, int]) -> None:
@@ -262,6 +287,21 @@ def cell(samples: list[float], digits: int = 0) -> str:
     return f"{middle:.{digits}f} ({spread:.0f}%)"
 
 
+def ratios(figures: dict[str, Figures]) -> dict[str, list[float]]:
+    """Ours over the best peer of each round, its median; for each count of streams, then for prefill."""
+    found = {}
+    for name, (own, wanted) in RATIOS.items():
+        peers = [figures[peer] for peer in wanted if peer in figures]
+        if own in figures and peers:
+            columns = [(figures[own].decode[n], [peer.decode[n] for peer in peers]) for n in STREAMS]
+            columns.append((figures[own].prefill, [peer.prefill for peer in peers]))
+            found[name] = [
+                statistics.median(x / max(others) for x, *others in zip(mine, *theirs, strict=True))
+                for mine, theirs in columns
+            ]
+    return found
+
+
 def report(result: dict[str, Any]) -> str:
     machine = result["machine"]
     lines = [
@@ -276,6 +316,8 @@ def report(result: dict[str, Any]) -> str:
         cells = [cell(f["decode"][n]) for n in STREAMS]
         cells += [cell(f["prefill"]), cell([1e3 * x for x in f["first_token"]])]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for name, ratios in result["ratios"].items():
+        lines.append(f"| {name} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " | |")
     for bits, ceiling in result["ceiling"].items():
         lines.append(f"| ceiling, {bits} | " + " | ".join(f"{ceiling[n]:.0f}" for n in STREAMS) + " | | |")
     return "\n".join(lines)
@@ -298,8 +340,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument(
-        "--engines", nargs="+", default=["torch", "native", "native-int8", "hf", "llama-f32", "llama-q8"]
-    )
+        "--engines", nargs="+",
+        default=["torch", "native", "native-int8", "native-fp8", "hf", "hf-eager", "llama-f32", "llama-q8"],
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=48, help="generated by a single stream; more streams, fewer")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -323,7 +366,7 @@ def main() -> None:
                     measure(generate, figures[name], config.vocab_size, 1 + turn, new)
                 read.append(bandwidth(args.threads))
     others = [x for f in figures.values() for x in f.others]
-    width = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0625}
+    width = {"fp32": 4.0, "int8": 1.0625}
     result = {
         "size": args.size,
         "rounds": args.rounds,
@@ -338,6 +381,7 @@ def main() -> None:
             "time": time.strftime("%F %T"),
         },
         "figures": {name: asdict(f) for name, f in figures.items()},
+        "ratios": ratios(figures),
         "ceiling": {
             bits: {n: n * max(read) / bytes_per_step(config, n, each) for n in STREAMS} for bits, each in width.items()
         },
