@@ -65,8 +65,9 @@ SIZES = {
 
 HF_EXPERTS = {"hf": "grouped_mm", "hf-eager": "eager"}
 """how transformers computes experts: its default, and the loop"""
+THEIRS = ("transformers grouped_mm", "transformers eager")
 RATIOS = {
-    "fp32 / transformers": ("glmctl native", ("transformers grouped_mm", "transformers eager")),
+    "fp32 / transformers": ("glmctl native", THEIRS),
     "fp32 / llama.cpp F32": ("glmctl native", ("llama.cpp float32",)),
     "int8 / llama.cpp Q8_0": ("glmctl native-int8", ("llama.cpp q8_0",)),
     "fp32 / best of all fp32": (

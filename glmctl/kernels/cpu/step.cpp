@@ -31,6 +31,8 @@ struct Job {
 // share the work more evenly.
 constexpr int ITEM_ROWS = 2 * PANEL, WIDE_ITEM_ROWS = 4 * PANEL;
 
+constexpr int FEW_ROWS = 4;  // for which one thread prepares a phase alone
+
 class Model {
  public:
   Model(const Config& config, int threads) : c(config), threads_(threads), layers_(config.layers + config.mtp) {}
@@ -78,14 +80,14 @@ class Model {
   // The MTP layer: eh_proj [enorm(embedding), hnorm(hidden)], a MoE layer, its own norm, the model's head.
   void draft(int t) {
     const Layer& own = layers_[c.layers];
-    pool_->phase(t, [this] { return b.rows; }, [&](int n) {
+    auto join = [&](int n) {
       float* pair = normed_.data() + n * 2 * c.hidden;
       embed(n, pair);
       rms_norm(pair, own.vector(ENORM), pair, c.hidden, c.eps);
       rms_norm(b.hidden_in + n * c.hidden, own.vector(HNORM), pair + c.hidden, c.hidden, c.eps);
       angles(n);
-    });
-    multiply(t, [&] {
+    };
+    multiply(t, join, [&] {
       add_job(own.slot[EH], {}, nullptr, normed_.data(), 2 * c.hidden, nullptr, b.rows, x_.data(), c.hidden);
     });
     layer(t, c.layers, true);
@@ -108,10 +110,15 @@ class Model {
     }
   }
 
+  auto normalising(const float* weight) {
+    return [this, weight](int n) {
+      rms_norm(x_.data() + n * c.hidden, weight, normed_.data() + n * c.hidden, c.hidden, c.eps);
+    };
+  }
+
   void layer(int t, int l, bool moe) {
     const Layer& own = layers_[l];
-    normalise(t, own.vector(INPUT_NORM));
-    multiply(t, [&] {
+    multiply(t, normalising(own.vector(INPUT_NORM)), [&] {
       long width = qkv_width(), q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
       auto add = [&](Slot weight, Slot bias, long offset) {
         add_job(own.slot[weight], {}, own.vector(bias), normed_.data(), c.hidden, nullptr, b.rows, qkv_.data() + offset,
@@ -121,30 +128,37 @@ class Model {
       add(K, K_BIAS, q);
       add(V, V_BIAS, q + kv);
     });
-    pool_->phase(t, [this] { return b.rows; }, [&](int n) {
+    auto heads = [&](int n) {
       prepare_heads(c, own, b, n, qkv_.data() + n * qkv_width(), cos_sin_.data() + n * c.rotary, b.keys[l], b.values[l]);
-    });
-    pool_->phase(t, [this] { return static_cast<long>(runs_.size() * c.kv_heads); }, [&](int unit) {
+    };
+    rows_then(t, heads, [this] { return static_cast<long>(runs_.size() * c.kv_heads); }, [&](int unit) {
       const Run& run = runs_[unit / c.kv_heads];
       attention_[t].attend(c, b, run, unit % c.kv_heads, qkv_.data(), qkv_width(), b.keys[l], b.values[l],
                            mixed_.data());
     });
     accumulate(t, c.heads * c.head_dim, own.slot[O], mixed_.data(), {});
-    normalise(t, own.vector(POST_NORM));
     if (moe)
       mixture(t, own);
     else
       dense(t, own);
   }
 
-  void normalise(int t, const float* weight) {
-    pool_->phase(t, [this] { return b.rows; }, [&](int n) {
-      rms_norm(x_.data() + n * c.hidden, weight, normed_.data() + n * c.hidden, c.hidden, c.eps);
-    });
+  // A phase that needs something done for every row first. For a few rows one thread does that while the others are
+  // still on their way: a meeting of all threads takes longer.
+  template <class Each, class Prepare, class Work>
+  void rows_then(int t, Each each, Prepare prepare, Work work) {
+    if (b.rows > FEW_ROWS) {
+      pool_->phase(t, [this] { return b.rows; }, each);
+      return pool_->phase(t, prepare, work);
+    }
+    pool_->phase(t, [&] {
+      for (int n = 0; n < b.rows; n++) each(n);
+      return prepare();
+    }, work);
   }
 
   void dense(int t, const Layer& own) {
-    multiply(t, [&] {
+    multiply(t, normalising(own.vector(POST_NORM)), [&] {
       float* inner = inner_.fit(b.rows * c.dense_width);
       add_job(own.slot[GATE], own.slot[UP], nullptr, normed_.data(), c.hidden, nullptr, b.rows, inner, c.dense_width);
     });
@@ -152,7 +166,7 @@ class Model {
   }
 
   void mixture(int t, const Layer& own) {
-    multiply(t, [&] {
+    multiply(t, normalising(own.vector(POST_NORM)), [&] {
       add_job(own.slot[ROUTER], {}, nullptr, normed_.data(), c.hidden, nullptr, b.rows,
               scores_.fit(b.rows * c.experts), c.experts);
       if (c.shared_width)
@@ -161,8 +175,7 @@ class Model {
       chosen_.fit(b.rows * c.top_k);
       chosen_weight_.fit(b.rows * c.top_k);
     });
-    pool_->phase(t, [this] { return b.rows; }, [&](int n) { choose(n, own.vector(ROUTER_BIAS)); });
-    multiply(t, [&] {
+    multiply(t, [&](int n) { choose(n, own.vector(ROUTER_BIAS)); }, [&] {
       sort_by_expert();
       routed_.fit(b.rows * c.top_k * c.expert_width);
       for (const Group& g : groups_)
@@ -248,11 +261,11 @@ class Model {
 
   // hidden states after the norm, of all rows, and logits of those wanted
   void finish(int t, const float* norm) {
-    pool_->phase(t, [this] { return b.rows; }, [&](int n) {
+    auto normalise = [&](int n) {
       rms_norm(x_.data() + n * c.hidden, norm, b.hidden_out + n * c.hidden, c.hidden, c.eps);
-    });
-    if (!b.wanted) return;
-    multiply(t, [&] {
+    };
+    multiply(t, normalise, [&] {
+      if (!b.wanted) return;
       int* rows = wanted_.fit(b.wanted);
       for (int r = 0; r < b.wanted; r++) rows[r] = static_cast<int>(b.wanted_rows[r]);
       add_job(whole_[HEAD], {}, nullptr, b.hidden_out, c.hidden, rows, b.wanted, b.logits, c.vocab);
@@ -266,10 +279,11 @@ class Model {
     items_ += (weight.rows + item_rows - 1) / item_rows;
   }
 
-  // `add` says which products, by add_job; their rows of weights are shared among the threads
-  template <class Add>
-  void multiply(int t, Add add) {
-    pool_->phase(t, [&] {
+  // After each(n) for every row: `add` says which products, by add_job; their rows of weights are shared among the
+  // threads.
+  template <class Each, class Add>
+  void multiply(int t, Each each, Add add) {
+    rows_then(t, each, [&] {
       jobs_.clear();
       items_ = 0;
       add();
