@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from glmctl.kernels.cpu.library import library
 from glmctl.model.block import DecoderLayer, Mlp, MoE
 from glmctl.model.fp8 import BLOCK, Fp8Scales
+from glmctl.model.memory import LINE, bytes_in_lines
 from glmctl.model.network import GlmMoe
 from glmctl.model.projections import Attention
 
@@ -46,6 +47,7 @@ class NativeWeights:
         self.model, self.format, self.threads = model, format, threads
         self._library = library()
         self._kept: dict[tuple[int, str], tuple[Tensor, ...]] = {}
+        self._arena = _Arena()
         c = model.config
         sizes = (
             c.num_hidden_layers, c.first_k_dense_replace, c.hidden_size, c.vocab_size, c.num_attention_heads,
@@ -146,7 +148,7 @@ class NativeWeights:
         if wanted == stored or name in (_FP8_UNPACKED if wanted == _FP8 else _UNPACKED):
             self._set(layer, name, (source,), rows, cols, stored)
             return
-        packed = self._kept.get((layer, name)) or _room(rows, cols, wanted)
+        packed = self._kept.get((layer, name)) or self._arena.take(rows, cols, wanted)
         if wanted == _FP8:
             self._pack_fp8(source, self._scales.get(id(weight)), matrix_rows or rows, packed)
         else:
@@ -176,8 +178,24 @@ class NativeWeights:
         self._library.glm_set(self.handle, layer, slot, kept[0].data_ptr(), scale, rows, cols, format)
 
 
-def _room(rows: int, cols: int, format: int) -> tuple[Tensor, ...]:
-    if format == _BF16:
-        return (torch.empty(rows, cols, dtype=torch.bfloat16),)
-    dtype, group = (torch.float8_e4m3fn, FP8_GROUP) if format == _FP8 else (torch.int8, INT8_GROUP)
-    return torch.empty(rows, cols, dtype=dtype), torch.empty(rows, -(-cols // group), dtype=torch.float32)
+class _Arena:
+    """Room for packed matrices, many in one piece: huge pages (`model.memory`) are larger than most of them."""
+
+    PIECE = 32 << 20
+
+    def __init__(self) -> None:
+        self._piece = bytes_in_lines(0)
+
+    def take(self, rows: int, cols: int, format: int) -> tuple[Tensor, ...]:
+        """Weights and scales of a matrix in a packed format, contents undefined."""
+        if format == _BF16:
+            return (self._tensor(rows, cols, torch.bfloat16),)
+        dtype, group = (torch.float8_e4m3fn, FP8_GROUP) if format == _FP8 else (torch.int8, INT8_GROUP)
+        return self._tensor(rows, cols, dtype), self._tensor(rows, -(-cols // group), torch.float32)
+
+    def _tensor(self, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+        size = rows * cols * dtype.itemsize
+        if size > len(self._piece):
+            self._piece = bytes_in_lines(max(size, self.PIECE))
+        taken, self._piece = self._piece[:size], self._piece[-(-size // LINE) * LINE :]
+        return taken.view(dtype).view(rows, cols)

@@ -14,6 +14,7 @@ from glmctl.model.block import DecoderLayer, MoE
 from glmctl.model.cache import KVCache
 from glmctl.model.config import ModelConfig
 from glmctl.model.fp8 import Fp8Scales
+from glmctl.model.memory import empty
 from glmctl.model.projections import Pass, RmsNorm
 from glmctl.model.router import Router, RouterStats
 
@@ -71,7 +72,7 @@ class GlmMoe(nn.Module):
 
         torch's own goes through empty_like on meta, which imports sympy: seconds for every command.
         """
-        result: Self = self._apply(lambda x: torch.empty(x.shape, dtype=x.dtype, device=device), recurse)  # type: ignore[no-untyped-call]
+        result: Self = self._apply(lambda x: empty(x.shape, x.dtype, device), recurse)  # type: ignore[no-untyped-call]
         return result
 
     @torch.no_grad()

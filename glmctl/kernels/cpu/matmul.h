@@ -141,45 +141,51 @@ static inline void strip(const Matrix& m, int first, const float* const* x, floa
   for (int t = 0; t < T; t++) std::memcpy(out[t], result + t * R, sizeof(float) * R);
 }
 
+// All rows of m (at most PANEL) times n <= T tokens; out[token * PANEL + row]. The last token stands in for missing ones.
+template <Format F, int T>
+static void pass(const Matrix& m, const float* const* x, int n, float* out) {
+  constexpr int R = W / T;
+  const float* xs[T];
+  float spare[PANEL];
+  for (int t = 0; t < T; t++) xs[t] = x[std::min(t, n - 1)];
+  for (int r = 0; r < m.rows; r += R) {
+    float* at[T];
+    for (int t = 0; t < T; t++) at[t] = t < n ? out + static_cast<long>(t) * PANEL + r : spare;
+    strip<F, R, T>(m, r, xs, at);
+  }
+}
+
+constexpr int TOKENS = W >= 16 ? 4 : 2;  // of a square tile
+
+// m times fewer tokens than a square tile has, or one tile's
+template <Format F, int T = TOKENS>
+static void few(const Matrix& m, const float* const* x, int n, float* out) {
+  // three quarters of a tile are a tile
+  if (4 * n >= 3 * T) return pass<F, T>(m, x, n, out);
+  if constexpr (T > 1) {
+    few<F, T / 2>(m, x, std::min(n, T / 2), out);
+    if (n > T / 2) few<F, T / 2>(m, x + T / 2, n - T / 2, out + T / 2 * PANEL);
+  }
+}
+
 // m (at most PANEL rows) times n <= BLOCK tokens; out[token * PANEL + row]. `source` is m as it lies in memory.
 template <Format F>
 static void panel_of(const Matrix& m, const Matrix& source, const float* const* x, int n, float* out) {
-  constexpr int T4 = W >= 16 ? 4 : 2;
-  constexpr int R4 = W / T4;
-  // few enough rows at a time that they and T4 tokens stay in a 32 KiB cache
-  int height = m.cols <= 384 ? PANEL : m.cols <= 1024 ? 8 : 4;
-  height = std::max(height, R4);
-  int many = n - n % T4 + (n % T4 > T4 / 2 ? T4 : 0);  // tokens in whole tiles, the last one padded by repetition
-  if (m.rows <= R4 && n > 1) many = (n + T4 - 1) / T4 * T4;
-  // one token's panel is read without a pause anyway
-  Ahead ahead(source.from(m.rows, 0).data, n > 1 ? source.bytes() : 0, many / T4 * ((m.rows + R4 - 1) / R4));
-  for (int top = 0; top < m.rows && many; top += height)
-    for (int t = 0; t < many; t += T4) {
-      const float* xs[T4];
-      float spare[PANEL];
-      float* to[T4];
-      for (int i = 0; i < T4; i++) {
-        xs[i] = x[std::min(t + i, n - 1)];
-        to[i] = t + i < n ? out + static_cast<long>(t + i) * PANEL : nullptr;
-      }
-      for (int r = top; r < std::min(top + height, m.rows); r += R4) {
-        float* at[T4];
-        for (int i = 0; i < T4; i++) at[i] = to[i] ? to[i] + r : spare;
+  if (n <= TOKENS) return few<F>(m, x, n, out);
+  constexpr int T = TOKENS, R = W / T;
+  // few enough rows at a time that they and T tokens stay in a 32 KiB cache
+  const int height = std::max(m.cols <= 384 ? PANEL : m.cols <= 1024 ? 8 : 4, R);
+  const int many = n / T * T;
+  Ahead ahead(source.from(m.rows, 0).data, source.bytes(), many / T * ((m.rows + R - 1) / R));
+  for (int top = 0; top < m.rows; top += height)
+    for (int t = 0; t < many; t += T)
+      for (int r = top; r < std::min(top + height, m.rows); r += R) {
+        float* at[T];
+        for (int i = 0; i < T; i++) at[i] = out + static_cast<long>(t + i) * PANEL + r;
         ahead.turn();
-        strip<F, R4, T4>(m, r, xs, at);
+        strip<F, R, T>(m, r, x + t, at);
       }
-    }
-  for (int t = many; t < n;) {
-    int pair = W >= 16 && n - t >= 2 ? 2 : 1;
-    for (int r = 0; r < m.rows; r += W / pair) {
-      float* at[2] = {out + static_cast<long>(t) * PANEL + r, out + static_cast<long>(t + pair - 1) * PANEL + r};
-      if (pair == 2)
-        strip<F, W / 2, 2>(m, r, x + t, at);
-      else
-        strip<F, W, 1>(m, r, x + t, at);
-    }
-    t += pair;
-  }
+  if (many < n) few<F>(m, x + many, n - many, out + static_cast<long>(many) * PANEL);
 }
 
 template <Format F>
