@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -63,6 +64,28 @@ def test_sampling_with_drafts_follows_the_model_s_distribution(tiny_config: Mode
         assert freedom > 3
         # mean + 5 standard deviations of chi-square; seeds are fixed, so this cannot flicker
         assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_sampling_with_and_without_drafts_is_one_distribution(tiny_config: ModelConfig) -> None:
+    """Chi-square of two samples of whole answers, drawn with seeds of their own, so that none is the other's twin."""
+    model = agreeing(tiny_config.model_copy(update={"vocab_size": 24}))
+    count = 2500
+    samples = []
+    for drafts, first in ((0, 0), (2, count)):
+        engine = Engine(model, max_length=16, max_slots=256, speculative=drafts)
+        params = [SamplingParams(max_tokens=4, temperature=1.3, top_k=6, seed=first + n) for n in range(count)]
+        made = engine.generate(Request(str(n), [3, 5], each) for n, each in enumerate(params))
+        samples.append(Counter(tuple(each.tokens[:3]) for each in made))
+    assert engine.stats.accepted > 0.1 * engine.stats.drafted
+    plain, drafted = samples
+    common = [answer for answer in plain.keys() | drafted.keys() if plain[answer] + drafted[answer] >= 20]
+    pairs = [(plain[answer], drafted[answer]) for answer in common]
+    pairs.append((count - sum(a for a, _ in pairs), count - sum(b for _, b in pairs)))
+    statistic = sum((a - b) ** 2 / (a + b) for a, b in pairs if a + b)
+    freedom = len(pairs) - 1
+    assert freedom > 20
+    # mean + 4 standard deviations of chi-square; seeds are fixed, so this cannot flicker
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5
 
 
 class Scripted:
