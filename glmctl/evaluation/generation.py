@@ -16,6 +16,8 @@ class Job:
 
     prompt: list[int]
     params: SamplingParams
+    cut: int = 0
+    """tokens that were taken off its beginning to make it fit"""
 
 
 def generate_texts(

@@ -212,6 +212,9 @@ class GlmctlLM(TemplateLM):  # type: ignore[misc]
             context, gen_kwargs = request.args
             jobs.append(self._job(context, gen_kwargs, repeats[context]))
             repeats[context] += 1
+        if cut := [job for job in jobs if job.cut]:
+            most = max(job.cut for job in cut)
+            console.warn(f"{len(cut)} of {len(jobs)} prompts do not fit the context: up to {most} first tokens are cut")
         texts = self._write(jobs)
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
@@ -257,8 +260,6 @@ class GlmctlLM(TemplateLM):  # type: ignore[misc]
         if room <= 0:
             raise GlmctlError(f"max_gen_toks {most} leaves no room in the context of {self.max_length}")
         prompt = self.tok_encode(context)
-        if len(prompt) > room:
-            console.warn(f"a prompt of {len(prompt)} tokens is cut to its last {room}")
         temperature = float(kwargs.get("temperature", 1.0)) if kwargs["do_sample"] else 0.0
         params = SamplingParams(
             max_tokens=most,
@@ -271,4 +272,4 @@ class GlmctlLM(TemplateLM):  # type: ignore[misc]
             stop_token_ids=self.tokenizer.eos_ids,
             seed=derive_seed(int(kwargs.get("seed", self.seed)), context, repeat),
         )
-        return Job(prompt[-room:] or [self.eot_token_id], params)
+        return Job(prompt[-room:] or [self.eot_token_id], params, cut=max(0, len(prompt) - room))

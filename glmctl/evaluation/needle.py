@@ -28,8 +28,6 @@ KEYS = (
     *("harbour", "meadow", "lantern", "copper", "orchard", "thunder", "velvet", "canyon", "pepper", "marble"),
     *("falcon", "saddle", "ribbon", "walnut", "glacier", "whistle", "basket", "temple", "violin", "pebble"),
 )
-BETWEEN = "\n"
-"""what stands between lines, needles and question"""
 LINE_CHARS = 160
 """most characters in a line of the haystack"""
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n")
@@ -109,17 +107,17 @@ def documents(spec: Needle, tokenizer: Tokenizer, lengths: Sequence[int]) -> Ite
 
 
 def _document(spec: Needle, filler: _Filler, tokenizer: Tokenizer, rng: random.Random, length: int, depth: int) -> Row:
-    keys = rng.sample(KEYS, spec.needles)
+    keys = rng.sample(spec.keys or KEYS, spec.needles)
     values = ["".join(rng.choice("0123456789") for _ in range(spec.digits)) for _ in keys]
     hidden = [spec.statement.format(key=key, value=value) for key, value in zip(keys, values, strict=True)]
     places = [depth / 100, *(rng.random() for _ in keys[1:])]
-    question = BETWEEN + spec.question.format(key=keys[0])
+    question = spec.question.format(key=keys[0])
     lines = filler.lines_from(rng)
 
     def context(room: int) -> str:
-        return _hide(lines(room), hidden, places) + question
+        return spec.between.join(_hide(lines(room), hidden, places)) + question
 
-    room = length - len(tokenizer.encode(f"{BETWEEN.join(hidden)}{question} {values[0]}"))
+    room = length - len(tokenizer.encode(f"{spec.between.join(hidden)}{question} {values[0]}"))
     # a tokenizer may merge over the border of two lines: what was counted in pieces is checked as a whole
     while room > 0 and (over := len(tokenizer.encode(f"{context(room)} {values[0]}")) - length) > 0:
         room -= over
@@ -130,8 +128,8 @@ def _document(spec: Needle, filler: _Filler, tokenizer: Tokenizer, rng: random.R
     return {"context": context(room), "answer": values[0], "length": length, "depth": depth}
 
 
-def _hide(haystack: list[str], hidden: list[str], places: Sequence[float]) -> str:
-    """The sentences of `hidden` between the lines, each where its share (0 to 1) of the text lies before it."""
+def _hide(haystack: list[str], hidden: list[str], places: Sequence[float]) -> list[str]:
+    """The lines with the sentences of `hidden` between them, each where its share (0 to 1) of the text is past."""
     ends = [0, *accumulate(len(line) for line in haystack)]
     at: dict[int, list[str]] = {}
     for text, share in zip(hidden, places, strict=True):
@@ -141,7 +139,7 @@ def _hide(haystack: list[str], hidden: list[str], places: Sequence[float]) -> st
     for number in range(len(ends)):
         lines += at.get(number, [])
         lines += haystack[number : number + 1]
-    return BETWEEN.join(lines)
+    return lines
 
 
 def _short_lines(text: str) -> Iterator[str]:
@@ -163,7 +161,7 @@ class _Filler:
         self.lines = [line for text in texts for line in _short_lines(text)] if texts else _jargon_file()
         if not self.lines:
             raise RecipeError("needle.texts: nothing but white space in them")
-        self._size = functools.cache(lambda text: len(tokenizer.encode_plain(text + BETWEEN)))
+        self._size = functools.cache(lambda text: len(tokenizer.encode_plain(text + spec.between)))
 
     def lines_from(self, rng: random.Random) -> Callable[[int], list[str]]:
         """room -> lines from one random place on, round and round, of at most that many tokens; the last is cut."""

@@ -22,7 +22,9 @@ class Needle(Section):
     needles: int = Field(1, gt=0, le=20, description="sentences hidden in one haystack, of which one is asked for")
     digits: int = Field(5, gt=0, le=12, description="of the number that is to be found")
     statement: str = "The {key} number is {value}."
-    question: str = Field("The {key} number is", description="what the answer follows, after a space")
+    question: str = Field("\nThe {key} number is", description="follows the haystack; the answer follows after a space")
+    between: str = Field("\n", description="between the sentences of the haystack")
+    keys: list[str] = Field([], description="words that name the hidden sentences; none = twenty English ones")
     texts: list[str] = Field([], description="JSON lines to hide it in; none = the Jargon File, which ships here")
 
     @model_validator(mode="after")
@@ -34,6 +36,8 @@ class Needle(Section):
             for place in wanted:
                 if place not in text:
                     raise ValueError(f"needle.{name} has no {place}")
+        if self.keys and len(set(self.keys)) < self.needles:
+            raise ValueError(f"needle.keys: {len(set(self.keys))} different words cannot name {self.needles} needles")
         return self
 
 

@@ -79,10 +79,20 @@ def test_depths_and_lengths_are_even(tiny_tokenizer: Tokenizer) -> None:
 def test_own_text_and_wording(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "text.jsonl"
     path.write_text(json.dumps({"text": "Nothing but this one sentence here. " * 5}) + "\n")
-    spec = Needle(lengths=[200], depths=2, samples=1, texts=[str(path)], statement="{key}: {value}", question="{key}:")
+    spec = Needle(
+        lengths=[200],
+        depths=2,
+        samples=1,
+        texts=[str(path)],
+        statement="{key}: {value}.",
+        question="\nRecall {key}:",
+        between=" ",
+        keys=["tea"],
+    )
     for row in rows_of(spec, tiny_tokenizer):
-        key = row["context"].rsplit("\n", 1)[1].removesuffix(":")
-        assert f"{key}: {row['answer']}" in row["context"].split("\n")
+        haystack, question = row["context"].split("\n")
+        assert question == "Recall tea:"
+        assert haystack.count(f"tea: {row['answer']}.") == 1
         assert "Nothing but this one sentence here." in row["context"]
 
 
@@ -102,3 +112,5 @@ def test_what_cannot_be_asked_is_said(spec: Needle, message: str, tiny_tokenizer
 def test_a_statement_without_the_value_is_refused() -> None:
     with pytest.raises(ValueError, match=r"needle.statement has no \{value\}"):
         Needle(statement="The {key}.")
+    with pytest.raises(ValueError, match="1 different words cannot name 2 needles"):
+        Needle(keys=["a", "a"], needles=2)
