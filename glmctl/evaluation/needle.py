@@ -66,8 +66,8 @@ def needle(spec: Needle, tokenizer: Tokenizer, context: int) -> Row:
         **as_dataset(list(documents(spec, tokenizer, lengths))),
         "output_type": "loglikelihood",
         "doc_to_text": "context",
-        "doc_to_target": "answer",
-        "target_delimiter": " ",
+        # lm-eval's delimiter is not for log-likelihood tasks: they score the target as it is
+        "doc_to_target": lambda doc: f" {doc['answer']}",
         "process_results": process_results,
         "metric_list": means("found", "longest", *(f"found_{length}" for length in lengths), *cells) + worst,
     }

@@ -356,7 +356,7 @@ def test_code_is_judged_in_the_sandbox_and_its_failure_is_no_score(
 
     monkeypatch.setattr(code, "run_tests", broken)
     with pytest.raises(EnvironmentProblem, match="could not be judged: no box"):
-        task.process_results(doc, [[reply]])
+        task.process_results(doc, [[reply.replace("return x", "return 1")]])
 
 
 def test_tasks_that_do_not_exist_are_named(lm: GlmctlLM, template: ChatTemplate) -> None:

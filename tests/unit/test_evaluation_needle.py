@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
 
+from glmctl.data.chat import ChatTemplate
 from glmctl.data.tokenizer import Tokenizer
 from glmctl.errors import RecipeError
 from glmctl.evaluation.documents import Row
+from glmctl.evaluation.harness import run_tasks
 from glmctl.evaluation.needle import cell_name, default_lengths, depths, documents, needle, worst_cell
-from glmctl.recipe.schema import Needle
+from glmctl.evaluation.results import grid
+from glmctl.evaluation.tasks import TaskInputs
+from glmctl.recipe.schema import Needle, Sampling
 
 LENGTHS = [256, 600]
 
@@ -66,6 +73,41 @@ def test_scores_stand_for_each_length_and_depth_and_for_the_worst(tiny_tokenizer
     assert missed == {"found": 0.0, "found_worst": ("found_256@0", 0.0), "found_256": 0.0, "found_256@0": 0.0}
     assert set(found) | set(missed) <= {one["metric"] for one in config["metric_list"]}
     assert worst_cell([cell, ("b", 1.0), ("b", 0.0), ("c", 1.0)]) == 0.5
+
+
+class Reader(LM):  # type: ignore[misc]
+    """A reader that sees the last so many characters, and finds there whatever stands there."""
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        answers = []
+        for context, continuation in (request.args for request in requests):
+            question = context.rsplit("\n", 1)[1]
+            found = re.search(rf"{question}( \d+)\.", context[-self.window :])
+            answers.append((-1.0, found is not None and found[1] == continuation))
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        raise NotImplementedError
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        raise NotImplementedError
+
+
+def test_a_reader_finds_what_its_window_holds(tiny_tokenizer: Tokenizer) -> None:
+    """Through lm-eval: everything with a long memory; with a short one the late needles of long contexts only."""
+    spec = Needle(lengths=[256, 1200], depths=3, samples=2, needles=2)
+    inputs = TaskInputs(ChatTemplate(tiny_tokenizer), Sampling(), needle=spec, context=1200)
+    whole, short = (run_tasks(Reader(n), ["glmctl_needle"], inputs)["results"]["glmctl_needle"] for n in (10**6, 900))
+    assert {key: value for key, value in whole.items() if key.endswith(",none") and value not in (1.0, "N/A")} == {}
+    assert set(grid({key.removesuffix(",none"): value for key, value in whole.items()}).values()) == {1.0}
+    found = {key.removesuffix(",none"): value for key, value in short.items()}
+    assert (found["found_256"], found["found_1200@0"], found["found_1200@100"]) == (1.0, 0.0, 1.0)
+    assert (found["longest_worst"], found["found_worst"]) == (0.0, 0.0)
+    assert 0.0 < found["longest"] < found["found"] < 1.0
 
 
 def test_depths_and_lengths_are_even(tiny_tokenizer: Tokenizer) -> None:
