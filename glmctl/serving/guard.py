@@ -20,6 +20,8 @@ ADMIN_PREFIX = "/admin/"
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _ANSWERED_WHILE_DRAINING = frozenset({"/health", "/ready", "/metrics"})
 
+_SHUTTING_DOWN = ApiError(503, "the server is shutting down", code="draining")
+
 
 class Guard:
     """ASGI middleware around the whole application.
@@ -37,13 +39,25 @@ class Guard:
         self._key = None if key is None else key.encode("utf-8")
         self._admin_key = None if admin_key is None else admin_key.encode("utf-8")
         self._loopback = loopback
-        self._busy = 0
+        self._busy: set[asyncio.Task[None] | None] = set()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._cutting = False
 
-    async def wait_idle(self) -> None:
-        """Returns when no request is being answered."""
-        await self._idle.wait()
+    async def wait_idle(self, seconds: float) -> bool:
+        """Returns when no request is being answered, or when the time is up: False then."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    def cut(self) -> None:
+        """End every request under way: with a 503 where no answer has begun."""
+        self._cutting = True
+        for task in self._busy:
+            if task is not None:
+                task.cancel()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass an acceptable request on; answer any other. Counts responses by status."""
@@ -51,12 +65,17 @@ class Guard:
             await self._app(scope, receive, send)
             return
 
+        begun = False
+
         async def counted(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 self._service.metrics.responses.labels(str(message["status"])).inc()
             await send(message)
 
-        self._busy += 1
+        task = asyncio.current_task()
+        self._busy.add(task)
         self._idle.clear()
         try:
             problem = self._problem(scope)
@@ -64,8 +83,13 @@ class Guard:
                 await problem.response(scope["path"])(scope, receive, counted)
             else:
                 await self._app(scope, receive, counted)
+        except asyncio.CancelledError:
+            if not self._cutting:
+                raise
+            if not begun:
+                await _SHUTTING_DOWN.response(scope["path"])(scope, receive, counted)
         finally:
-            self._busy -= 1
+            self._busy.discard(task)
             if not self._busy:
                 self._idle.set()
 
@@ -90,7 +114,7 @@ class Guard:
         if lengths and lengths[0].isdigit() and int(lengths[0][:20]) > MAX_BODY_BYTES:
             return ApiError(413, f"the request body is larger than {MAX_BODY_BYTES} bytes", code="body_too_large")
         if self._service.draining and path not in _ANSWERED_WHILE_DRAINING:
-            return ApiError(503, "the server is shutting down", code="draining")
+            return _SHUTTING_DOWN
         return None
 
 

@@ -21,7 +21,7 @@ from glmctl.serving.service import Service
 
 DRAIN_SECONDS = 30.0
 CUT_SECONDS = 1
-"""what is left over after the drain gets this long to close"""
+"""what is left over after the drain gets this long to read its error"""
 KEEP_ALIVE_SECONDS = 75
 """longer than any usual client or proxy keeps an idle connection (httpx 5 s, aiohttp 15 s, AWS's balancer 60 s): with
 uvicorn's 5 s, a client now and then sends its next request into the connection that we are just closing"""
@@ -134,6 +134,7 @@ class Server:
         )
         self._uvicorn = _Uvicorn(config, self._watch_engine)
         self._exit_with_engine = False
+        self._leaving = False
         self._problem: str | None = None
         """what ended the engine"""
         self._thread: threading.Thread | None = None
@@ -202,13 +203,11 @@ class Server:
                 self._problem = f"a step of the engine took longer than stall_seconds ({self._stall_seconds:g})"
                 worker.give_up()
             await asyncio.sleep(WATCH_SECONDS)
-        if self._uvicorn.should_exit:
-            return  # it was closed, after a drain
+        if self._leaving:
+            return
         self._problem = self._problem or "the engine stopped by an internal error"
         if self._exit_with_engine:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._app.wait_idle(), DEATH_SECONDS)
-            self._uvicorn.should_exit = True
+            await self._leave(DEATH_SECONDS)
 
     def _drain(self) -> None:
         """Refuse new work with 503, let what is under way finish, then stop. Called again: stop at once."""
@@ -216,10 +215,16 @@ class Server:
             self._uvicorn.should_exit = self._uvicorn.force_exit = True
             return
         self._service.draining = True
-        self._ending = asyncio.get_running_loop().create_task(self._end())
-
-    async def _end(self) -> None:
         # the socket stays open meanwhile: a client is told 503 and when to try again, not "connection refused"
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._app.wait_idle(), self._drain_seconds)
+        self._ending = asyncio.get_running_loop().create_task(self._leave(self._drain_seconds))
+
+    async def _leave(self, seconds: float) -> None:
+        """Stop when nothing is under way, after `seconds` at the latest; what is left then ends with an error."""
+        idle = await self._app.wait_idle(seconds)
+        self._leaving = True
+        if not idle:
+            self._service.worker.give_up()
+            if not await self._app.wait_idle(CUT_SECONDS / 2):
+                self._app.cut()
+                await self._app.wait_idle(CUT_SECONDS / 2)
         self._uvicorn.should_exit = True

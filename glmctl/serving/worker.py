@@ -20,6 +20,8 @@ from glmctl.model.network import GlmMoe
 Listener = Callable[[list[Event] | None], None]
 """gets the events of one step; None means that the engine died and no more will come"""
 
+_ABANDONED_SECONDS = 1.0
+
 
 class QueueFull(Exception):
     """Every slot and every place in the queue is taken."""
@@ -124,16 +126,17 @@ class EngineWorker:
     def close(self) -> None:
         """Stop after the step in progress; requests still inside get their end through their listeners.
 
-        A step that `give_up` gave up is not waited for: its thread ends with the process.
+        A step that was given up is waited for a second more at most; then its thread ends with the process.
         """
         with self._wake:
             self._closing = True
             self._wake.notify()
         self._ended.wait()
+        self._thread.join(_ABANDONED_SECONDS)
 
     def give_up(self) -> None:
-        """Take the step in progress for one that never ends: the engine counts as dead from now on, and every
-        listener is told. A thread cannot be killed, so nothing can be started again in its place."""
+        """Do not wait for the step in progress: the engine counts as dead from now on, and every listener is told.
+        A thread cannot be killed, so nothing can be started again in its place."""
         self._bury()
 
     def submit(self, requests: Sequence[Request], listener: Listener) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -217,3 +218,21 @@ def test_an_engine_that_hangs_is_told_to_every_client(model: GlmMoe, tiny_tokeni
         assert begin(server).getresponse().status == 503
         server.stop()
         assert not engine.gate.is_set()
+
+
+def test_what_outlives_the_drain_is_told_and_leaves_no_traceback(
+    model: GlmMoe, tiny_tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stream, and a body that never comes."""
+    with serving(model, tiny_tokenizer, slots=1, queue=4, drain_seconds=0.05) as (server, engine):
+        engine.gate.clear()
+        stream = begin(server).getresponse()
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as stuck:
+            stuck.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{")
+            while len(server._app._busy) < 2:
+                get(server, "/health")
+            server.stop()
+            assert stuck.recv(65536).startswith(b"HTTP/1.1 503")
+        last = stream.read().decode().strip().split("\n\n")[-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_unavailable"
+    assert "Traceback" not in caplog.text
