@@ -43,9 +43,9 @@ class Variant(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Variant:
-        """`NAME=KEY=VALUE KEY=VALUE ...`; no overrides for the recipe as it is."""
+        """`NAME=KEY=VALUE; KEY=VALUE ...`; no overrides for the recipe as it is."""
         name, _, words = text.partition("=")
-        return cls(name, words.split())
+        return cls(name, [word.strip() for word in words.split(";") if word.strip()])
 
 
 def glmctl(*words: str) -> float:
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--root", type=Path, default=Path("runs/gain"), help="where the runs go")
     parser.add_argument("--whole", action="store_true", help="every stage of the pipeline with the seed")
-    parser.add_argument("--variant", type=Variant.parse, action="append", metavar="NAME=KEY=VALUE ...")
+    parser.add_argument("--variant", type=Variant.parse, action="append", metavar="NAME=KEY=VALUE; ...")
     parser.add_argument("--plot", type=Path, help="an SVG of held-out accuracy over steps")
     args = parser.parse_args()
     if args.whole and args.variant:
