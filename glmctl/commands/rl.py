@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import CompletionItem  # type: ignore[attr-defined]
 
 from glmctl import console
 from glmctl.cli import CommandGroup
 from glmctl.commands import _stage as stage
+from glmctl.errors import GlmctlError
+from glmctl.recipe import names
 
 
 class TrainByDefault(CommandGroup):
@@ -19,6 +22,12 @@ class TrainByDefault(CommandGroup):
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
             args = ["train", *args]
         return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """Subcommands, and the recipes that may stand in their place."""
+        found = super().shell_complete(ctx, incomplete)
+        recipes = names.complete(incomplete) if incomplete else []
+        return [*found, *(CompletionItem(name) for name in recipes)]
 
 
 app = typer.Typer(
@@ -48,6 +57,8 @@ def train(
     ] = False,
 ) -> None:
     """Train a model by GRPO on verifiable rewards, with rollouts from our own engine."""
+    if rollout_only and train_on is not None:
+        raise GlmctlError("--rollout-only makes rollouts and --train-on takes those of another run; give one of them")
     chosen = {
         "rollouts.record=true": record,
         "mode=rollout_only": rollout_only,

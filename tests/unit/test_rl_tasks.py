@@ -243,6 +243,8 @@ import ctypes, os, sys, time
 def length(reply, problem): return float(len(reply) == problem["state"]["row"]["length"])
 def raises(reply, problem): raise KeyError("x")
 def hangs(reply, problem): time.sleep(600)
+def eats(reply, problem): return float(len(bytearray(1 << 60)))
+def killed(reply, problem): os.kill(os.getpid(), 9)
 def crashes(reply, problem): ctypes.string_at(0)
 def leaves(reply, problem): os._exit(0)
 def exits(reply, problem): sys.exit(0)
@@ -277,7 +279,22 @@ def test_own_problems_are_judged_by_their_function(own: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", ["raises", "crashes", "leaves", "exits", "nan", "inf", "text", "large", "low", "nothing", "absent"]
+    "how",
+    [
+        "raises",
+        "eats",
+        "killed",
+        "crashes",
+        "leaves",
+        "exits",
+        "nan",
+        "inf",
+        "text",
+        "large",
+        "low",
+        "nothing",
+        "absent",
+    ],
 )
 def test_a_verifiers_fault_is_infrastructure_and_the_next_one_works(own: Path, how: str) -> None:
     problem = Problem("p", "custom", "p", "", {"verifier": f"own_verifier:{how}", "row": {"length": 2}})
