@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from glmctl.recipe.lora import LoraSpec
 from glmctl.recipe.sections import Finetuning, Section
 
 ConversationFormat = Literal["auto", "messages", "prompt_completion", "sharegpt", "alpaca"]
@@ -45,3 +46,4 @@ class SftRecipe(Finetuning, ConversationData):
 
     type: Literal["sft"] = "sft"
     model: str
+    lora: LoraSpec | None = Field(None, description="train low-rank adapters instead of the weights")

@@ -153,12 +153,18 @@ class Session:
                 self.samples.append({"step": step, "prompt": shown, "text": tokenizer.decode(made), **fields})
         self.accelerator.wait_for_everyone()
 
-    def export(self, tokenizer_folder: Path) -> None:
-        """Publish the model with its tokenizer as a Hugging Face folder, the run's export."""
+    def export(self, tokenizer_folder: Path, *, write: Callable[[Path], None] | None = None) -> None:
+        """Publish the model with its tokenizer as a Hugging Face folder, the run's export.
+
+        `write(folder)` fills the folder in place of that, for a driver whose result is not a plain model.
+        """
         self._writer.wait()
         if self.run.writer:
             with atomic.publish(self.run.export) as folder:
-                save_model(self.model, folder, tokenizer_folder=tokenizer_folder)
+                if write is None:
+                    save_model(self.model, folder, tokenizer_folder=tokenizer_folder)
+                else:
+                    write(folder)
         self.accelerator.wait_for_everyone()
         if self._tracking:
             self.accelerator.end_training()

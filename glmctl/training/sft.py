@@ -19,9 +19,11 @@ from glmctl.errors import DataError, RecipeError
 from glmctl.model.folder import load_model
 from glmctl.model.network import GlmMoe
 from glmctl.parallel.accelerate import make_accelerator, share
+from glmctl.recipe.lora import LoraSpec
 from glmctl.recipe.schema import AdamWSpec, CheckpointPolicy, MuonSpec, Schedule, SftRecipe
 from glmctl.run.directory import Run, resolve_model
 from glmctl.run.signals import StopFlag
+from glmctl.training.lora import add_lora, merge_adapters, save_adapter
 from glmctl.training.schedule import lr_at
 from glmctl.training.session import Clock, Session, rate
 
@@ -64,7 +66,8 @@ def run(recipe: SftRecipe, run: Run) -> dict[str, Any]:
     folder = resolve_model(recipe.model)
     model = load_model(folder, dtype=torch.float32)
     conversations = read_conversations(recipe.data, bad_rows=recipe.bad_rows)
-    return finetune(model, conversations, ChatTemplate.load(folder), recipe, run, folder, loss_on=recipe.loss_on)
+    template = ChatTemplate.load(folder)
+    return finetune(model, conversations, template, recipe, run, folder, loss_on=recipe.loss_on, lora=recipe.lora)
 
 
 def finetune(
@@ -76,10 +79,11 @@ def finetune(
     tokenizer_folder: Path,
     *,
     loss_on: LossOn = "last_turn",
+    lora: LoraSpec | None = None,
 ) -> dict[str, Any]:
     """Train `model` (fp32) in place on `conversations` for `settings.steps` steps, resuming, and publish run.export.
 
-    A step's loss is the mean over its trained tokens in nats. Summary: `loss` (mean over the last tenth of the
+    With `lora` only adapters are trained; the export is the merged model or the adapter, as it says. A step's loss is the mean over its trained tokens in nats. Summary: `loss` (mean over the last tenth of the
     steps), `loss_first`, `loss_last`, `mtp_loss`, `steps`, `conversations`, `examples` (more than conversations when
     all turns are learnt), `dropped` (examples longer than a row), `trained_tokens`, `tokens_per_second`.
 
@@ -97,6 +101,8 @@ def finetune(
     encoded = encode(conversations, template, loss_on)
     batches = SftBatches(encoded, settings.sequence_length, settings.seed, pad_id=tokenizer.pad_id)
     accelerator = make_accelerator(settings.precision, settings.trackers, run.path)
+    if lora is not None:
+        add_lora(model, lora, settings.seed)
     session = Session(
         model.to(accelerator.device),
         run,
@@ -127,7 +133,13 @@ def finetune(
                 session.sample(step, prompts, tokenizer, stage="end")
             session.end_step(step, settings.steps, stop)
             progress.advance(loss=metrics.loss)
-    session.export(tokenizer_folder)
+    if lora is None:
+        session.export(tokenizer_folder)
+    elif lora.export == "adapter":
+        session.export(tokenizer_folder, write=lambda folder: save_adapter(model, lora, folder, tokenizer_folder))
+    else:
+        merge_adapters(model)
+        session.export(tokenizer_folder)
     counts = {"conversations": len(conversations), "examples": len(encoded), "dropped": batches.dropped}
     return {**_summary(run.metrics.rows()), **counts}
 
