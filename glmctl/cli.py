@@ -25,6 +25,7 @@ TABLE = {
     "data": "Prepare text: train a tokenizer, make token shards, generate verifiable problems.",
     "pretrain": "Pretrain (and mid-train) a model from token shards.",
     "sft": "Fine-tune a model on conversations.",
+    "reward": "Train a reward model on pairs of answers.",
     "rl": "Train a model by reinforcement learning on verifiable rewards.",
     "distill": "Unify experts into one hybrid model by rejection sampling.",
     "eval": "Evaluate models with lm-eval and the offline tasks.",

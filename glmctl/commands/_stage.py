@@ -6,7 +6,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -26,8 +26,11 @@ DRIVERS = {
     "reasoning": "glmctl.data.reasoning:run",
     "pretrain": "glmctl.training.pretrain:run",
     "sft": "glmctl.training.sft:run",
+    "reward": "glmctl.training.reward:run",
     "rl": "glmctl.rl.grpo:run",
     "distill": "glmctl.distill.unify:run",
+    "on_policy_distill": "glmctl.distill.on_policy:run",
+    "logit_distill": "glmctl.distill.logits:run",
     "eval": "glmctl.evaluation.run:run",
     "convert": "glmctl.convert.run:run",
     "serve": "glmctl.serving.run:run",
@@ -37,8 +40,11 @@ DRIVERS = {
 NEXT = {
     "pretrain": "glmctl generate {run} --raw --prompt 'def '",
     "sft": "glmctl generate {run} --prompt 'Compute 3+4.'",
+    "reward": "glmctl distill RECIPE --set teachers.0.reward.model={run}",
     "rl": "glmctl generate {run} --prompt 'Compute 3+4.'",
     "distill": "glmctl serve {run}",
+    "on_policy_distill": "glmctl serve {run}",
+    "logit_distill": "glmctl serve {run}",
     "convert": "glmctl serve {run}",
     "eval": "glmctl serve {model}",
     "tokenizer": "glmctl data prepare RECIPE --set tokenizer={run}",
@@ -94,11 +100,12 @@ def run_stage(
     fresh: bool,
     dry_run: bool,
     processes: int = 1,
+    also: Sequence[str] = (),
 ) -> None:
-    """A stage command from recipe name to printed result."""
+    """A stage command from recipe name to printed result; `also` are the other recipe types that it runs."""
     from glmctl.recipe.load import load
 
-    recipe = load(recipe_name, overrides or (), expect=kind)
+    recipe = load(recipe_name, overrides or (), expect=kind, also=also)
     drive(recipe, run or default_path(recipe.name), fresh=fresh, dry_run=dry_run, processes=processes)
 
 

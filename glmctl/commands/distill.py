@@ -18,5 +18,9 @@ def distill(
     dry_run: stage.DryRunOption = False,
     processes: stage.ProcessesOption = 1,
 ) -> None:
-    """Rejection-sample experts and train one hybrid model on what they got right."""
-    stage.run_stage("distill", recipe, overrides, run, fresh=fresh, dry_run=dry_run, processes=processes)
+    """Make one model out of experts: by rejection sampling, on the student's own samples, or from logits.
+
+    The recipe's type says which: distill, on_policy_distill or logit_distill.
+    """
+    also = ("on_policy_distill", "logit_distill")
+    stage.run_stage("distill", recipe, overrides, run, fresh=fresh, dry_run=dry_run, processes=processes, also=also)

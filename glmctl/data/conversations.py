@@ -84,13 +84,13 @@ def read_conversations(
     return found
 
 
-def complaint(bad: BadRows, rows: int) -> str:
+def complaint(bad: BadRows, rows: int, *, what: str = "conversations") -> str:
     """One line: the first place and what is wrong there, then the other kinds with their counts."""
     (kind, places), *others = bad.places.items()
     shown = [f"{places[0]}: {kind}"]
     shown += [f"{bad.kinds[other]} x {other} (first: {at[0]})" for other, at in others[:3]]
     more = f", {len(others) - 3} more kinds" if len(others) > 3 else ""
-    return f"{'; '.join(shown)}{more}; {bad.total} of {rows} rows are no conversations"
+    return f"{'; '.join(shown)}{more}; {bad.total} of {rows} rows are no {what}"
 
 
 def source_of(given: str | Path | ConversationFiles) -> ConversationFiles:

@@ -52,14 +52,14 @@ def convert(row: Row, shape: Shape) -> dict[str, Any]:
 
 
 def _messages(row: Row) -> dict[str, Any]:
-    return _completed({"messages": row["messages"]}, row)
+    return completed({"messages": row["messages"]}, row)
 
 
 def _prompt_completion(row: Row) -> dict[str, Any]:
-    prompt = _as_messages(row["prompt"], "user", "prompt")
+    prompt = as_messages(row["prompt"], "user", "prompt")
     # what the prompt has the assistant say is not learnt
     prompt = [{**m, "weight": 0} if isinstance(m, dict) and m.get("role") == "assistant" else m for m in prompt]
-    return _completed({"messages": prompt + _as_messages(row["completion"], "assistant", "completion")}, row)
+    return completed({"messages": prompt + as_messages(row["completion"], "assistant", "completion")}, row)
 
 
 def _sharegpt(row: Row) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def _sharegpt(row: Row) -> dict[str, Any]:
             _append_turn(messages, turn)
         except DataError as error:
             raise DataError(f"conversations[{at}]: {error.message}") from error
-    return _completed({"messages": messages}, row)
+    return completed({"messages": messages}, row)
 
 
 def _alpaca(row: Row) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _alpaca(row: Row) -> dict[str, Any]:
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     asked = f"{row['instruction']}\n\n{given}" if given and given.strip() else row["instruction"]
     messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
-    return _completed({"messages": messages}, row)
+    return completed({"messages": messages}, row)
 
 
 _CONVERTERS: dict[Shape, Callable[[Row], dict[str, Any]]] = {
@@ -131,7 +131,8 @@ def _system(row: Row) -> list[dict[str, Any]]:
     return [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
 
 
-def _as_messages(value: Any, role: str, name: str) -> list[Any]:
+def as_messages(value: Any, role: str, name: str) -> list[Any]:
+    """A list of messages as it is, a text as one message of `role`. DataError, naming `name`, for anything else."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     if isinstance(value, list) and value:
@@ -139,7 +140,7 @@ def _as_messages(value: Any, role: str, name: str) -> list[Any]:
     raise DataError(f"'{name}' must be text or a non-empty list of messages")
 
 
-def _completed(found: dict[str, Any], row: Row) -> dict[str, Any]:
+def completed(found: dict[str, Any], row: Row) -> dict[str, Any]:
     """`found` with the tools (a list or its JSON text) and the switch of thinking that `row` carries."""
     tools = row.get("tools")
     if isinstance(tools, str):

@@ -12,11 +12,17 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+import torch
+
 from glmctl.data.chat import ChatTemplate
+from glmctl.data.conversations import Conversation
 from glmctl.data.parsing import parse
+from glmctl.recipe.schema import RewardFilter
 from glmctl.rl.environment import StopReason
 from glmctl.rl.episode import Trajectory
 from glmctl.rl.score import thinks
+from glmctl.run.directory import resolve_model
+from glmctl.training.reward import load_reward_model, score_conversations
 
 REPEATED_TIMES = 4
 """a phrase said this often in a row is a loop"""
@@ -40,6 +46,18 @@ class Judge:
     min_tokens: int = 0
     scorer: Scorer | None = None
     min_score: float = 0.0
+
+
+def reward_scorer(spec: RewardFilter, device: torch.device) -> Scorer:
+    """A trained reward model as a scorer. RecipeError or DataError when it is not there, or is none."""
+    folder = resolve_model(spec.model)
+    model, template = load_reward_model(folder, device=device), ChatTemplate.load(folder)
+
+    def scored(samples: Sequence[Trajectory]) -> list[float]:
+        talks = [Conversation(one.messages, one.tools, one.enable_thinking) for one in samples]
+        return score_conversations(model, template, talks)
+
+    return scored
 
 
 @dataclass
@@ -156,9 +174,12 @@ def _reasoned_well(sample: Trajectory, template: ChatTemplate) -> bool:
 
 
 def _low_reward(samples: Sequence[Trajectory], judge: Judge) -> list[bool]:
-    if judge.scorer is None or not samples:
+    # what did not parse has no last message to judge, and a filter of its own
+    judged = [one for one in samples if one.well_formed]
+    if judge.scorer is None or not judged:
         return [False] * len(samples)
-    return [score < judge.min_score for score in judge.scorer(samples)]
+    low = {id(one): score < judge.min_score for one, score in zip(judged, judge.scorer(judged), strict=True)}
+    return [low.get(id(one), False) for one in samples]
 
 
 def _each(refuses: Callable[[Trajectory, Judge], bool]) -> Callable[[Sequence[Trajectory], Judge], list[bool]]:

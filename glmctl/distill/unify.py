@@ -11,7 +11,7 @@ import functools
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from glmctl.data.chat import ChatTemplate
 from glmctl.data.conversations import Conversation
 from glmctl.distill.compare import BASE, DIRECT, HYBRID, Comparison, headline
 from glmctl.distill.experts import EnginePlayer, Player, open_expert, template_of
-from glmctl.distill.filters import Judge, filter_samples
+from glmctl.distill.filters import Judge, filter_samples, reward_scorer
 from glmctl.distill.mixture import epochs, mix, repeat
 from glmctl.distill.sample import SampleJournal, choose_prompts, collect
 from glmctl.distill.select import select
@@ -74,7 +74,7 @@ def run(recipe: DistillRecipe, run: Run) -> dict[str, Any]:
         for teacher in recipe.teachers:
             expert = functools.cache(functools.partial(open_expert, teacher, base, device=device, **limits))
             written = template_of(teacher, base)
-            lessons[teacher.name] = teach(recipe, teacher, expert, written, run.path, stop)
+            lessons[teacher.name] = teach(recipe, teacher, expert, written, run.path, stop, device=device)
             comparison.score(teacher.name, f"expert-{teacher.name}", expert, written, stop)
 
         def untaught() -> Player:
@@ -104,6 +104,8 @@ def teach(
     template: ChatTemplate,
     folder: Path,
     stop: StopFlag,
+    *,
+    device: torch.device,
 ) -> Lesson:
     """One expert's part of the mixture: sampled, filtered, selected, with and without reasoning.
 
@@ -120,7 +122,10 @@ def teach(
         seed=derive_seed(recipe.seed, "distill", teacher.name),
         stop=stop,
     )
-    kept, rejections = filter_samples(samples, Judge(template, recipe.min_tokens))
+    judge = Judge(template, recipe.min_tokens)
+    if teacher.reward is not None:
+        judge = replace(judge, scorer=reward_scorer(teacher.reward, device), min_score=teacher.reward.min_score)
+    kept, rejections = filter_samples(samples, judge)
     atomic.write_json(folder / f"rejections-{teacher.name}.json", rejections.to_row())
     if not kept:
         raise DataError(

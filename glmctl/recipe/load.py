@@ -40,8 +40,11 @@ CLASSES: dict[str, type[RecipeBase]] = {
         schema.ReasoningRecipe,
         schema.PretrainRecipe,
         schema.SftRecipe,
+        schema.RewardRecipe,
         schema.RlRecipe,
         schema.DistillRecipe,
+        schema.OnPolicyDistillRecipe,
+        schema.LogitDistillRecipe,
         schema.EvalRecipe,
         schema.ConvertRecipe,
         schema.ServeRecipe,
@@ -50,13 +53,20 @@ CLASSES: dict[str, type[RecipeBase]] = {
 }
 
 
-def load(name_or_path: str, overrides: Sequence[str] | Mapping[str, Any] = (), *, expect: str | None = None) -> Recipe:
+def load(
+    name_or_path: str,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    expect: str | None = None,
+    also: Sequence[str] = (),
+) -> Recipe:
     """The typed recipe that `name_or_path` names, with `overrides` applied.
 
     Args:
         name_or_path: a shipped name (`demo/pretrain`) or a path ending in .yaml.
         overrides: words `a.b.0.c=value` as after --set, or a mapping of dotted keys to values.
         expect: the type that the caller can run.
+        also: more types that it can run; a folder's name alone means one of the expected type.
 
     Raises:
         RecipeError: nothing has that name; the file is wrong (with file:line, key and nearest choice); or its type
@@ -66,7 +76,7 @@ def load(name_or_path: str, overrides: Sequence[str] | Mapping[str, Any] = (), *
     document = read_extended(path)
     _check_type(document, path, None)
     kind = str(document.data["type"])
-    if expect is not None and kind != expect:
+    if expect is not None and kind not in (expect, *also):
         raise RecipeError(
             f"{name_or_path}: is a '{kind}' recipe, not '{expect}'",
             hint=f"run it with `glmctl {COMMANDS[kind]} {name_or_path}`",

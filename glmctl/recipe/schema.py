@@ -30,10 +30,20 @@ from glmctl.recipe.data import (
     TokenizerRecipe,
     ToolUseTask,
 )
-from glmctl.recipe.distill import DistillRecipe, Expert, Teacher
+from glmctl.recipe.distill import (
+    DistillRecipe,
+    Expert,
+    LocalTeacher,
+    LogitDistillRecipe,
+    OnPolicyDistillRecipe,
+    RewardFilter,
+    Teacher,
+)
 from glmctl.recipe.evaluation import EvalRecipe, Needle
 from glmctl.recipe.finetune import ConversationFiles, SftRecipe
+from glmctl.recipe.lora import LoraSpec
 from glmctl.recipe.pretrain import Balance, BatchRamp, MtpLoss, PretrainRecipe, TrainStage, Validation
+from glmctl.recipe.reward import RewardRecipe
 from glmctl.recipe.rl import GrpoSpec, GspoSpec, OverlongPenalty, PolicySpec, RlRecipe, SandboxLevel, SandboxSpec
 from glmctl.recipe.rl_schedule import (
     AfterSteps,
@@ -95,6 +105,10 @@ __all__ = [
     "MuonSpec",
     "Needle",
     "OnPlateau",
+    "LocalTeacher",
+    "LogitDistillRecipe",
+    "LoraSpec",
+    "OnPolicyDistillRecipe",
     "Optimizer",
     "OverlongPenalty",
     "ParquetSource",
@@ -108,6 +122,8 @@ __all__ = [
     "Recipe",
     "RecipeBase",
     "RepositoryHistory",
+    "RewardFilter",
+    "RewardRecipe",
     "RlRecipe",
     "Rollouts",
     "Sampling",
@@ -151,8 +167,11 @@ Recipe = Annotated[
     | ReasoningRecipe
     | PretrainRecipe
     | SftRecipe
+    | RewardRecipe
     | RlRecipe
     | DistillRecipe
+    | OnPolicyDistillRecipe
+    | LogitDistillRecipe
     | EvalRecipe
     | ConvertRecipe
     | ServeRecipe

@@ -14,7 +14,7 @@ from glmctl.run import atomic
 
 INPUT_FIELDS = frozenset(
     {"paths", "root", "data", "model", "models", "tokenizer", "problems", "heldout", "student", "source", "adapter"}
-    | {"ask_problems", "perplexity_texts", "texts"}
+    | {"ask_problems", "perplexity_texts", "texts", "teacher"}
 )
 """Recipe fields (at any depth) whose strings name files or folders that the stage reads."""
 

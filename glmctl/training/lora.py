@@ -108,7 +108,7 @@ class LoraExperts(Experts):
 
 
 def _pair(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[nn.Parameter, nn.Parameter]:
-    """A uniform within 1 / sqrt(D) (Kaiming with a = sqrt 5, as PEFT draws it) and B zero: the model starts unchanged."""
+    """A uniform within 1 / sqrt(D) (Kaiming, a = sqrt 5, as PEFT draws it), B zero: the model starts unchanged."""
     *stack, rows, columns = weight.shape
     bound = 1 / math.sqrt(columns)
     drawn = torch.empty(*stack, rank, columns).uniform_(-bound, bound, generator=generator)

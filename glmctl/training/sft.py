@@ -83,7 +83,9 @@ def finetune(
 ) -> dict[str, Any]:
     """Train `model` (fp32) in place on `conversations` for `settings.steps` steps, resuming, and publish run.export.
 
-    With `lora` only adapters are trained; the export is the merged model or the adapter, as it says. A step's loss is the mean over its trained tokens in nats. Summary: `loss` (mean over the last tenth of the
+    With `lora` only adapters are trained; the export is the merged model or the adapter, as it says.
+
+    A step's loss is the mean over its trained tokens in nats. Summary: `loss` (mean over the last tenth of the
     steps), `loss_first`, `loss_last`, `mtp_loss`, `steps`, `conversations`, `examples` (more than conversations when
     all turns are learnt), `dropped` (examples longer than a row), `trained_tokens`, `tokens_per_second`.
 

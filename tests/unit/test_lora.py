@@ -16,9 +16,8 @@ from glmctl.model.folder import load_model, save_model
 from glmctl.model.generate import generate
 from glmctl.model.network import GlmMoe
 from glmctl.recipe.lora import LoraSpec
-from glmctl.training.lora import adapter_tensors, add_lora, merge_adapters, save_adapter
-
 from glmctl.recipe.schema import AdamWSpec
+from glmctl.training.lora import adapter_tensors, add_lora, merge_adapters, save_adapter
 from glmctl.training.optim import build_optimizer
 
 SPEC = LoraSpec(rank=3, alpha=6)
