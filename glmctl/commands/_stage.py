@@ -24,6 +24,7 @@ DRIVERS = {
     "data": "glmctl.data.prepare:run",
     "problems": "glmctl.rl.problems:run",
     "reasoning": "glmctl.data.reasoning:run",
+    "agentic": "glmctl.distill.agentic.collect:run",
     "pretrain": "glmctl.training.pretrain:run",
     "sft": "glmctl.training.sft:run",
     "reward": "glmctl.training.reward:run",
@@ -50,6 +51,7 @@ NEXT = {
     "tokenizer": "glmctl data prepare RECIPE --set tokenizer={run}",
     "data": "glmctl pretrain RECIPE --set stages.0.data={run}",
     "reasoning": "glmctl sft RECIPE --set 'data=[{run}/export/conversations.jsonl]'",
+    "agentic": "glmctl sft RECIPE --set 'data=[{run}/export/conversations.jsonl]' --set loss_on=all_turns",
     "problems": "glmctl sft RECIPE --set 'data=[{run}/export/cold_start.jsonl]'",
 }
 """recipe type -> what one would type after it"""

@@ -168,6 +168,18 @@ def tokenizer(
 
 
 @app.command()
+def agentic(
+    recipe: stage.RecipeArgument,
+    overrides: stage.SetOption = None,
+    run: stage.RunOption = None,
+    fresh: stage.FreshOption = False,
+    dry_run: stage.DryRunOption = False,
+) -> None:
+    """Make agentic SFT data: collect tools, make tasks, play trajectories, keep what all judges pass."""
+    stage.run_stage("agentic", recipe, overrides, run, fresh=fresh, dry_run=dry_run)
+
+
+@app.command()
 def problems(
     recipe: stage.RecipeArgument,
     overrides: stage.SetOption = None,

@@ -38,6 +38,7 @@ CLASSES: dict[str, type[RecipeBase]] = {
         schema.DataRecipe,
         schema.ProblemsRecipe,
         schema.ReasoningRecipe,
+        schema.AgenticRecipe,
         schema.PretrainRecipe,
         schema.SftRecipe,
         schema.RewardRecipe,

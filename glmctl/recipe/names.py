@@ -17,6 +17,7 @@ COMMANDS = {
     "data": "data prepare",
     "problems": "data problems",
     "reasoning": "data reason",
+    "agentic": "data agentic",
     "pretrain": "pretrain",
     "sft": "sft",
     "reward": "reward",

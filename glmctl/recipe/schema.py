@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from glmctl.recipe.agentic import AgenticRecipe
 from glmctl.recipe.data import (
     ArithmeticTask,
     BundledText,
@@ -73,6 +74,7 @@ from glmctl.recipe.use import ConvertRecipe, ServeRecipe, Upcycling
 __all__ = [
     "AdamWSpec",
     "AfterSteps",
+    "AgenticRecipe",
     "AlgebraTask",
     "ArithmeticTask",
     "Balance",
@@ -165,6 +167,7 @@ Recipe = Annotated[
     | DataRecipe
     | ProblemsRecipe
     | ReasoningRecipe
+    | AgenticRecipe
     | PretrainRecipe
     | SftRecipe
     | RewardRecipe

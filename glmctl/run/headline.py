@@ -13,6 +13,7 @@ HEADLINES: dict[str, tuple[str, ...]] = {
     "tokenizer": ("vocab_size", "bytes_per_token"),
     "data": ("tokens_train", "tokens_validation", "documents", "unigram_entropy"),
     "problems": ("train", "heldout", "cold_start"),
+    "agentic": ("kept", "trajectories", "tasks", "tools", "turns", "calls"),
     "pretrain": ("validation_loss", "unigram_entropy", "validation_loss_below_unigram", "tokens_per_second", "max_vio"),
     "reward": ("heldout_accuracy", "accuracy", "loss", "steps"),
     "sft": ("loss", "validation_loss", "steps"),
