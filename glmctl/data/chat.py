@@ -20,10 +20,12 @@ from typing import Any, Literal
 import jinja2
 
 from glmctl.data.messages import Message, settled
+from glmctl.data.parsing import Parsed, parse
 from glmctl.data.sandbox import MARK_END, MARK_START, compile_template
-from glmctl.data.template_source import exported_template, training_template
+from glmctl.data.template_source import exported_template, training_template, without_marks
 from glmctl.data.template_worker import ForeignTemplate
 from glmctl.data.tokenizer import NOTHINK, OBSERVATION, USER, Tokenizer
+from glmctl.data.tool_styles import Calls, parse_json_calls, styled, styles
 from glmctl.errors import DataError
 
 LossOn = Literal["last_message", "last_turn", "all_turns"]
@@ -47,12 +49,22 @@ class ChatTemplate:
     """A chat template bound to a tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, source: str | None = None, *, where: str = "chat template") -> None:
-        """`source` is Jinja; None, or ours as exported, means ours. DataError if a foreign one does not compile."""
+        """`source` is Jinja; None, or ours as exported (in any `tool_styles`), means ours.
+
+        DataError if a foreign one does not compile.
+        """
         self.tokenizer = tokenizer
         self._where = where
         self._foreign: ForeignTemplate | None = None
+        self.calls: Calls = "tags"
+        """how a tool call is written"""
+        self._ours = training_template()
         if source is None or source in (exported_template(), training_template()):
             self.source = exported_template()
+        elif source in styles():
+            self.calls, declaration = styles()[source]
+            self._ours = styled(self.calls, declaration)
+            self.source = without_marks(self._ours)
         else:
             self.source = source
             self._foreign = ForeignTemplate(source, where)
@@ -93,6 +105,12 @@ class ChatTemplate:
         """
         context = _context(settled(messages), tools, add_generation_prompt, enable_thinking)
         return self._run({**context, MARK_START: "", MARK_END: ""})
+
+    def parse(self, text: str, tools: Sequence[Mapping[str, Any]] | None = None, *, thinking: bool = True) -> Parsed:
+        """One assistant turn back from text, in the style in which this template writes calls."""
+        if self.calls == "json":
+            return parse_json_calls(text, thinking=thinking)
+        return parse(text, thinking=thinking, tools=tools)
 
     # ------------------------------------------------------------------ tokens
 
@@ -299,12 +317,12 @@ class ChatTemplate:
     def _run(self, context: dict[str, Any]) -> str:
         if self._foreign is not None:
             return self._foreign.render(context)
-        return _render_ours(context, self._where)
+        return _render_ours(context, self._where, self._ours)
 
 
 @functools.cache
-def _ours() -> jinja2.Template:
-    return compile_template(training_template())
+def _compiled(source: str) -> jinja2.Template:
+    return compile_template(source)
 
 
 def render_text(
@@ -312,7 +330,7 @@ def render_text(
 ) -> str:
     """A whole conversation as text, by glmctl's own template; needs no tokenizer. DataError as for `render`."""
     context = _context(settled(messages), tools, False, enable_thinking)
-    text = _render_ours({**context, MARK_START: "", MARK_END: ""}, "chat template")
+    text = _render_ours({**context, MARK_START: "", MARK_END: ""}, "chat template", training_template())
     return text + (closes(messages[-1]) if messages and messages[-1]["role"] == "assistant" else "")
 
 
@@ -330,9 +348,9 @@ def _turn_ends(messages: Sequence[Message]) -> list[int]:
     return ends
 
 
-def _render_ours(context: dict[str, Any], where: str) -> str:
+def _render_ours(context: dict[str, Any], where: str, source: str) -> str:
     try:
-        return _ours().render(context)
+        return _compiled(source).render(context)
     except (jinja2.TemplateError, TypeError, RecursionError) as error:
         raise DataError(f"{where}: {error}") from error
 

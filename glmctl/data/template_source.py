@@ -21,4 +21,9 @@ def exported_template() -> str:
 
     The marks stand on lines of their own, which whitespace control removes, so both render the same text.
     """
-    return _MARK_LINE.sub("", training_template())
+    return without_marks(training_template())
+
+
+def without_marks(source: str) -> str:
+    """A template of ours without the lines that hold marks."""
+    return _MARK_LINE.sub("", source)

@@ -41,9 +41,19 @@ class ConversationData(Section):
     bad_rows: float = Field(0.0, ge=0.0, le=1.0, description="share of unusable rows that a source may have")
 
 
+class ToolStyle(Section):
+    """How tools and calls are written; the defaults are GLM-4.5's, the others are for contrast."""
+
+    calls: Literal["tags", "json"] = "tags"
+    declaration: Literal["json", "typescript"] = "json"
+
+
 class SftRecipe(Finetuning, ConversationData):
     """Packed supervised fine-tuning on conversations; loss on assistant tokens and the closing role token."""
 
     type: Literal["sft"] = "sft"
     model: str
+    tool_style: ToolStyle | None = Field(
+        None, description="the exported model's template writes tools so; null = as the model's own does"
+    )
     lora: LoraSpec | None = Field(None, description="train low-rank adapters instead of the weights")

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from glmctl.data.chat import ChatTemplate
-from glmctl.data.parsing import parse
 from glmctl.errors import GlmctlError
 from glmctl.rl.environment import Environment, InfrastructureFailure, Message, Problem, StopReason, Tool
 from glmctl.rl.tasks import environment
@@ -193,7 +192,7 @@ class Episode:
         """The generated turn as a message, and what is wrong with it ("" when well-formed)."""
         trajectory, tokenizer = self.trajectory, self._template.tokenizer
         *written, closer = trajectory.tokens[self._turn_start :]
-        parsed = parse(tokenizer.decode(written), thinking=trajectory.enable_thinking, tools=trajectory.tools)
+        parsed = self._template.parse(tokenizer.decode(written), trajectory.tools, thinking=trajectory.enable_thinking)
         if parsed.problem is not None:
             return {}, parsed.problem
         closers = (OBSERVATION,) if parsed.tool_calls else ANSWER_CLOSERS

@@ -15,12 +15,14 @@ from glmctl import console
 from glmctl.data.batches import SftBatches
 from glmctl.data.chat import ChatTemplate, Encoded, LossOn
 from glmctl.data.conversations import Conversation, read_conversations
+from glmctl.data.tool_styles import styled
 from glmctl.errors import DataError, RecipeError
-from glmctl.model.folder import load_model
+from glmctl.model.folder import load_model, save_model
 from glmctl.model.network import GlmMoe
 from glmctl.parallel.accelerate import make_accelerator, share
 from glmctl.recipe.lora import LoraSpec
 from glmctl.recipe.schema import AdamWSpec, CheckpointPolicy, MuonSpec, Schedule, SftRecipe
+from glmctl.run import atomic
 from glmctl.run.directory import Run, resolve_model
 from glmctl.run.signals import StopFlag
 from glmctl.training.lora import add_lora, merge_adapters, save_adapter
@@ -67,6 +69,9 @@ def run(recipe: SftRecipe, run: Run) -> dict[str, Any]:
     model = load_model(folder, dtype=torch.float32)
     conversations = read_conversations(recipe.data, bad_rows=recipe.bad_rows)
     template = ChatTemplate.load(folder)
+    if recipe.tool_style is not None:
+        source = styled(recipe.tool_style.calls, recipe.tool_style.declaration)
+        template = ChatTemplate(template.tokenizer, source)
     return finetune(model, conversations, template, recipe, run, folder, loss_on=recipe.loss_on, lora=recipe.lora)
 
 
@@ -135,15 +140,22 @@ def finetune(
                 session.sample(step, prompts, tokenizer, stage="end")
             session.end_step(step, settings.steps, stop)
             progress.advance(loss=metrics.loss)
-    if lora is None:
-        session.export(tokenizer_folder)
-    elif lora.export == "adapter":
-        session.export(tokenizer_folder, write=lambda folder: save_adapter(model, lora, folder, tokenizer_folder))
-    else:
-        merge_adapters(model)
-        session.export(tokenizer_folder)
+    session.export(tokenizer_folder, write=lambda folder: write_export(model, template, lora, folder, tokenizer_folder))
     counts = {"conversations": len(conversations), "examples": len(encoded), "dropped": batches.dropped}
     return {**_summary(run.metrics.rows()), **counts}
+
+
+def write_export(model: GlmMoe, template: ChatTemplate, lora: LoraSpec | None, folder: Path, base: Path) -> None:
+    """The model (adapters merged), or its adapter alone, with the tokenizer of `base` and the template trained on."""
+    if lora is not None and lora.export == "adapter":
+        save_adapter(model, lora, folder, base)
+    else:
+        if lora is not None:
+            merge_adapters(model)
+        save_model(model, folder, tokenizer_folder=base)
+    path = folder / "chat_template.jinja"
+    if not path.is_file() or path.read_text(encoding="utf-8") != template.source:
+        atomic.write_text(path, template.source)
 
 
 def encode(conversations: Sequence[Conversation], template: ChatTemplate, loss_on: LossOn) -> list[Encoded]:

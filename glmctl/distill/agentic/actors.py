@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import torch
 
 from glmctl.data.chat import ChatTemplate
-from glmctl.data.parsing import parse
 from glmctl.distill.endpoint import RETRIES, TIMEOUT_SECONDS, incoming, outgoing
 from glmctl.engine.request import Request, SamplingParams
 from glmctl.errors import EnvironmentProblem, RecipeError
@@ -105,7 +104,7 @@ class ModelSpeaker:
             [done] = self._engine.generate([Request(str(self._asked), prompt, params)])
         if done.finish_reason == "length":
             raise Malformed("the turn used up its tokens")
-        parsed = parse(tokenizer.decode(done.tokens[:-1]), thinking=thinking, tools=tools)
+        parsed = self._template.parse(tokenizer.decode(done.tokens[:-1]), tools, thinking=thinking)
         if parsed.problem is not None:
             raise Malformed(parsed.problem)
         return parsed.message()
