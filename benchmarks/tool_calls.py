@@ -94,10 +94,10 @@ def measure(tokenizer: Tokenizer, codes: list[str]) -> dict[str, dict[str, Any]]
         texts = [written(template, code) for code in codes]
         assert all(survives(template, text, code) for text, code in zip(texts, codes, strict=True))
         rng = random.Random(1)
+        made = [template.encode_training(calling(code)) for code in codes]
         extra = sum(text.count("\\") for text in texts) - sum(code.count("\\") for code in codes)
         result[style] = {
-            "tokens_per_call": sum(sum(template.encode_training(calling(code)).loss_mask) for code in codes)
-            / len(codes),
+            "tokens_per_call": sum(sum(one.loss_mask) for one in made) / len(codes),
             "escapes_per_call": extra / len(codes) if style == "json" else 0.0,
             "survives": {
                 name: sum(

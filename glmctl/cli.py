@@ -22,6 +22,7 @@ from glmctl.errors import EnvironmentProblem, GlmctlError, Interrupted, nearest
 
 TABLE = {
     "run": "Run a pipeline of stages: `glmctl run demo` takes a small model through its whole life.",
+    "study": "Run stages under several settings and seeds, and compare what comes out.",
     "data": "Prepare text: train a tokenizer, make token shards, generate verifiable problems.",
     "pretrain": "Pretrain (and mid-train) a model from token shards.",
     "sft": "Fine-tune a model on conversations.",

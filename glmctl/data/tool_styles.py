@@ -76,8 +76,8 @@ def styles() -> Mapping[str, tuple[Calls, Declaration]]:
     found: dict[str, tuple[Calls, Declaration]] = {}
     for calls in ("tags", "json"):
         for declaration in ("json", "typescript"):
-            source = styled(calls, declaration)  # type: ignore[arg-type]
-            found |= dict.fromkeys((source, without_marks(source)), (calls, declaration))  # type: ignore[arg-type]
+            source = styled(calls, declaration)
+            found |= dict.fromkeys((source, without_marks(source)), (calls, declaration))
     assert found[exported_template()] == ("tags", "json")
     return found
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from glmctl.errors import nearest
 from glmctl.recipe.curation import LOCAL_STAGES, Stage
 from glmctl.recipe.sections import RecipeBase, Section
-from glmctl.recipe.tasks import AlgebraTask, CodeTask, CustomTask, GymTask, InstructionsTask, ScienceTask
+from glmctl.recipe.tasks import AlgebraTask, CodeCallsTask, CodeTask, CustomTask, GymTask, InstructionsTask, ScienceTask
 
 
 class TextSource(Section):
@@ -223,7 +223,15 @@ class ToolUseTask(Section):
 
 
 Task = Annotated[
-    ArithmeticTask | ToolUseTask | AlgebraTask | GymTask | CodeTask | ScienceTask | InstructionsTask | CustomTask,
+    ArithmeticTask
+    | ToolUseTask
+    | AlgebraTask
+    | GymTask
+    | CodeTask
+    | CodeCallsTask
+    | ScienceTask
+    | InstructionsTask
+    | CustomTask,
     Field(discriminator="type"),
 ]
 

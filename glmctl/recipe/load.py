@@ -50,6 +50,7 @@ CLASSES: dict[str, type[RecipeBase]] = {
         schema.ConvertRecipe,
         schema.ServeRecipe,
         schema.PipelineRecipe,
+        schema.StudyRecipe,
     )
 }
 

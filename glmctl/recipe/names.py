@@ -29,6 +29,7 @@ COMMANDS = {
     "convert": "convert",
     "serve": "serve",
     "pipeline": "run",
+    "study": "study",
 }
 """recipe type -> the command that runs it"""
 

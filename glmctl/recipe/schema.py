@@ -7,10 +7,12 @@ A path field may name a file, a folder, a run directory, or (inside a pipeline) 
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from glmctl.errors import nearest
 from glmctl.recipe.agentic import AgenticRecipe
 from glmctl.recipe.data import (
     ArithmeticTask,
@@ -68,7 +70,7 @@ from glmctl.recipe.sections import (
     Schedule,
     Section,
 )
-from glmctl.recipe.tasks import AlgebraTask, CodeTask, CustomTask, GymTask, InstructionsTask, ScienceTask
+from glmctl.recipe.tasks import AlgebraTask, CodeCallsTask, CodeTask, CustomTask, GymTask, InstructionsTask, ScienceTask
 from glmctl.recipe.use import ConvertRecipe, ServeRecipe, Upcycling
 
 __all__ = [
@@ -81,6 +83,7 @@ __all__ = [
     "BatchRamp",
     "BundledText",
     "CheckpointPolicy",
+    "CodeCallsTask",
     "CodeTask",
     "ConversationFiles",
     "ConversationsSource",
@@ -138,6 +141,7 @@ __all__ = [
     "SftRecipe",
     "Source",
     "SourceTree",
+    "StudyRecipe",
     "Task",
     "Teacher",
     "TextSource",
@@ -162,6 +166,35 @@ class PipelineRecipe(RecipeBase):
     stages: list[PipelineStage] = Field(min_length=1)
 
 
+class StudyRecipe(RecipeBase):
+    """The same stages under several settings (arms) and seeds, side by side."""
+
+    type: Literal["study"] = "study"
+    before: list[PipelineStage] = Field([], description="stages that run once, for all arms")
+    stages: list[PipelineStage] = Field(min_length=1, description="stages of every arm and seed")
+    arms: dict[str, dict[str, Any]] = Field(
+        min_length=1, description="what an arm sets, by STAGE.key; STAGE.recipe takes another recipe"
+    )
+    seeds: list[int] = Field([0, 1, 2], min_length=1, description="of every stage that the arms repeat")
+    metrics: dict[str, list[str]] = Field(
+        min_length=1, description="label -> STAGE.key of its summary; the first that an arm has"
+    )
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> StudyRecipe:
+        own = {stage.name for stage in self.stages}
+        keys = [key for arm in self.arms.values() for key in arm] + [k for keys in self.metrics.values() for k in keys]
+        for key in keys:
+            if key.partition(".")[0] not in own:
+                match = nearest(key.partition(".")[0], own)
+                more = f"did you mean '{match}'?" if match else f"one of: {', '.join(sorted(own))}"
+                raise ValueError(f"'{key}' begins with no stage; {more}")
+        bad = next((name for name in self.arms if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name)), None)
+        if bad is not None:
+            raise ValueError(f"arms: '{bad}' does not match ^[a-z0-9][a-z0-9-]*$")
+        return self
+
+
 Recipe = Annotated[
     TokenizerRecipe
     | DataRecipe
@@ -178,6 +211,7 @@ Recipe = Annotated[
     | EvalRecipe
     | ConvertRecipe
     | ServeRecipe
-    | PipelineRecipe,
+    | PipelineRecipe
+    | StudyRecipe,
     Field(discriminator="type"),
 ]

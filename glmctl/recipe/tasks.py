@@ -33,6 +33,13 @@ class CodeTask(Section):
     hasty: float = Field(0.0, ge=0.0, le=1.0, description="share of demonstrations with a plausible slip in them")
 
 
+class CodeCallsTask(Section):
+    """Tool calls whose argument is code: a probe for how a format of calls carries quotes and line breaks."""
+
+    type: Literal["code_calls"] = "code_calls"
+    lines: tuple[int, int] = Field((1, 3), description="fewest and most lines of code")
+
+
 class ScienceTask(Section):
     """Science questions of your own, multiple choice or open."""
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from glmctl.errors import RecipeError
 from glmctl.kernels.experts import experts
-from glmctl.model.block import Experts
+from glmctl.model.block import DecoderLayer, Experts
 from glmctl.model.folder import copy_tokenizer
 from glmctl.model.network import GlmMoe
 from glmctl.model.tensor_file import write_tensors
@@ -174,6 +174,7 @@ def save_adapter(model: GlmMoe, spec: LoraSpec, folder: Path, base: Path) -> Non
 def _adaptable(model: GlmMoe, spec: LoraSpec) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """(parent, name, module) of every matrix, or stack of experts, that `spec` puts an adapter on."""
     for layer in model.layers:
+        assert isinstance(layer, DecoderLayer)
         rooms: list[nn.Module] = []
         if "attention" in spec.targets:
             rooms.append(layer.self_attn)

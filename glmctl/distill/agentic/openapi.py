@@ -84,7 +84,8 @@ class OpenApiToolbox:
         request = Request(url, data, headers, method=operation.method.upper())
         try:
             with urlopen(request, timeout=self._timeout) as answer:
-                return answer.read(MAX_ANSWER_BYTES).decode("utf-8", "replace")
+                text: str = answer.read(MAX_ANSWER_BYTES).decode("utf-8", "replace")
+                return text
         except HTTPError as error:
             said = error.read(MAX_ANSWER_BYTES).decode("utf-8", "replace")
             return f"error: HTTP {error.code}: {said}"

@@ -9,7 +9,7 @@ from glmctl.data.conversations import Conversation
 from glmctl.errors import unknown
 from glmctl.recipe.schema import Task
 from glmctl.rl.environment import Environment, Problem
-from glmctl.rl.tasks import algebra, arithmetic, code, custom, gym, instructions, science, tool_use
+from glmctl.rl.tasks import algebra, arithmetic, code, code_calls, custom, gym, instructions, science, tool_use
 
 
 class _Module(Protocol):
@@ -22,6 +22,7 @@ TASKS: dict[str, _Module] = {
     "algebra": algebra,
     "arithmetic": arithmetic,
     "code": code,
+    "code_calls": code_calls,
     "custom": custom,
     "gym": gym,
     "instructions": instructions,
@@ -54,6 +55,8 @@ def generate(spec: Task, count: int, rng: random.Random) -> list[Problem]:
             return arithmetic.generate(spec, count, rng)
         case "code":
             return code.generate(spec, count, rng)
+        case "code_calls":
+            return code_calls.generate(spec, count, rng)
         case "custom":
             return custom.generate(spec, count, rng)
         case "gym":

@@ -1,0 +1,117 @@
+"""A study runs every arm and seed once, hands arms and seeds to the right stages, and compares what comes out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from glmctl.errors import DataError
+from glmctl.recipe.load import list_recipes, load
+from glmctl.recipe.schema import EvalRecipe, ProblemsRecipe, SftRecipe, StudyRecipe
+from glmctl.run.directory import Run
+from glmctl.run.pipeline import resolve
+from glmctl.run.study import pipeline_of, run_study
+
+BEFORE = [{"name": "problems", "recipe": "p"}]
+STAGES = [{"name": "sft", "recipe": "s"}, {"name": "eval", "recipe": "e", "set": {"models.m": "${sft}"}}]
+
+
+def study(**changes: Any) -> StudyRecipe:
+    return StudyRecipe.model_validate(
+        {
+            "name": "study",
+            "before": BEFORE,
+            "stages": STAGES,
+            "arms": {"few": {"sft.steps": 1}, "many": {"sft.steps": 3}},
+            "seeds": [0, 5],
+            "metrics": {"accuracy": ["eval.right", "eval.other"], "loss": ["sft.loss"]},
+            **changes,
+        }
+    )
+
+
+def loaded(name: str, overrides: Any) -> Any:
+    known: dict[str, Any] = {
+        "p": ProblemsRecipe(name="p", task={"type": "arithmetic"}),  # type: ignore[arg-type]
+        "s": SftRecipe(name="s", model="base", data=["${problems}/export/cold_start.jsonl"], steps=9),
+        "e": EvalRecipe(name="e", models={"m": "-"}),
+    }
+    body = known[name].model_dump(mode="json")
+    for key, value in dict(overrides).items():
+        *path, last = key.split(".")
+        place = body
+        for part in path:
+            place = place[part]
+        place[last] = value
+    return type(known[name]).model_validate(body)
+
+
+def test_every_arm_and_seed_is_run_and_compared(tmp_path: Path) -> None:
+    ran: list[tuple[str, Any]] = []
+
+    def execute(recipe: Any, path: Path, *, fresh: bool = False) -> dict[str, Any]:
+        with Run.open(recipe, path, fresh=fresh) as run:
+            ran.append((path.name, recipe))
+            summary: dict[str, Any] = {"train": 1}
+            if recipe.type == "sft":
+                summary = {"loss": recipe.steps + 0.1 * recipe.seed}
+            elif recipe.type == "eval":
+                steps = next(one.steps for name, one in ran if name == Path(recipe.models["m"]).name)
+                # the two arms call it by different names
+                summary = {"right" if steps == 1 else "other": steps / 4}
+            run.finish(summary)
+            return summary
+
+    body = run_study(study(), tmp_path, loaded, execute)
+    assert [name for name, _ in ran] == [
+        "problems",
+        *(f"{stage}-{arm}-{seed}" for arm in ("few", "many") for seed in (0, 5) for stage in ("sft", "eval")),
+    ]
+    assert {(one.seed, one.steps) for name, one in ran if name.startswith("sft")} == {(0, 1), (5, 1), (0, 3), (5, 3)}
+    assert body["metrics"]["accuracy"]["many"] == {"values": [0.75, 0.75], "mean": 0.75, "std": 0.0}
+    few = body["metrics"]["loss"]["few"]
+    assert few["values"] == [1.0, 1.5]
+    assert few["std"] == pytest.approx(0.35355, abs=1e-4)
+    assert json.loads((tmp_path / "study.json").read_text()) == body
+    page = (tmp_path / "study.html").read_text()
+    assert page.count("<svg") == 2
+    assert "75.0% ± 0.0%" in page
+    run_study(study(), tmp_path, loaded, execute)
+    assert len(ran) == 9, "nothing is run twice"
+
+
+def test_a_metric_that_no_stage_has_is_named(tmp_path: Path) -> None:
+    def execute(recipe: Any, path: Path, *, fresh: bool = False) -> dict[str, Any]:
+        with Run.open(recipe, path, fresh=fresh) as run:
+            run.finish({"x": 1})
+        return {"x": 1}
+
+    with pytest.raises(DataError, match=r"arm 'few' has no eval\.right or eval\.other"):
+        run_study(study(), tmp_path, loaded, execute)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"arms": {"a": {"stf.steps": 1}}}, "did you mean 'sft'"),
+        ({"metrics": {"x": ["nowhere.loss"]}}, "'nowhere.loss' begins with no stage"),
+        ({"arms": {"A b": {}}}, "'A b' does not match"),
+    ],
+)
+def test_what_a_study_cannot_mean_is_refused(changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValidationError, match=why):
+        study(**changes)
+
+
+def test_every_shipped_study_resolves(tmp_path: Path) -> None:
+    """Its stages load, and every place they name is an earlier stage."""
+    shipped = [entry.name for entry in list_recipes() if entry.type == "study"]
+    assert shipped
+    for name in shipped:
+        recipe = load(name)
+        assert isinstance(recipe, StudyRecipe)
+        assert resolve(pipeline_of(recipe), tmp_path, load)
