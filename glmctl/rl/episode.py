@@ -18,7 +18,7 @@ from glmctl.rl.environment import Environment, InfrastructureFailure, Message, P
 from glmctl.rl.tasks import environment
 
 OBSERVATION = "<|observation|>"
-ANSWER_CLOSERS = ("<|user|>", "<|endoftext|>")
+USER = "<|user|>"
 
 
 @dataclass
@@ -195,9 +195,12 @@ class Episode:
         parsed = self._template.parse(tokenizer.decode(written), trajectory.tools, thinking=trajectory.enable_thinking)
         if parsed.problem is not None:
             return {}, parsed.problem
-        closers = (OBSERVATION,) if parsed.tool_calls else ANSWER_CLOSERS
-        if closer not in [tokenizer.id(name) for name in closers]:
-            return {}, f"closed by {tokenizer.decode([closer])!r} instead of {closers[0]}"
+        observation = tokenizer.id(OBSERVATION)
+        # a model that came with another chat format has an end token of its own beside ours
+        ends = {observation} if parsed.tool_calls else {*tokenizer.eos_ids} - {observation}
+        if closer not in ends:
+            wanted = OBSERVATION if parsed.tool_calls else USER
+            return {}, f"closed by {tokenizer.decode([closer])!r} instead of {wanted}"
         return parsed.message(), ""
 
     def _append(self, tokens: Sequence[int]) -> None:

@@ -29,8 +29,6 @@ class Journal:
         self._trajectories = MetricsLog(run.path / "trajectories.jsonl")
         self._samples = MetricsLog(run.samples)
         self._template = template
-        self.heldout = 0.0
-        """the latest held-out accuracy"""
 
     def truncate(self, done: int) -> None:
         """Drop trajectories after step `done`, which was not in the checkpoint that is resumed.
@@ -38,7 +36,6 @@ class Journal:
         The session has done so for metrics and samples.
         """
         self._trajectories.truncate("step", done)
-        self.heldout = next((row["heldout"] for row in reversed(self._metrics.rows()) if "heldout" in row), 0.0)
 
     def evaluated(self, step: int, score: Score, fields: Mapping[str, Any]) -> None:
         """A score without a training step: the one before the first."""
@@ -69,7 +66,6 @@ class Journal:
     def _score(self, step: int, score: Score) -> dict[str, Any]:
         for one in score.samples[:SAMPLES]:
             self._samples.append({"step": step, **sample_row(one, self._template)})
-        self.heldout = score.accuracy
         return {
             "heldout": score.accuracy,
             "heldout_by_task": score.by_task,

@@ -156,6 +156,18 @@ def test_reasoning_in_a_nothink_answer_is_malformed(template) -> None:
     assert one.stop_reason is StopReason.MALFORMED
 
 
+def test_a_model_with_another_chat_format_ends_its_answers_its_own_way(tiny_tokenizer: Tokenizer) -> None:
+    """As SmolLM2's <|im_end|>: an answer may end with it, a tool call may not."""
+    end = "<|end_of_box|>"
+    own = ChatTemplate(Tokenizer(tiny_tokenizer._full, end=end))
+    problem = Problem("x", "arithmetic", "Compute 2+3.", 5)
+    for template, stop in ((own, StopReason.ANSWERED), (ChatTemplate(tiny_tokenizer), StopReason.TRUNCATED)):
+        (one,) = run(says(template, f"5{end}"), template, [problem], enable_thinking=False)
+        assert one.stop_reason is stop
+    (one,) = run(says(own, f"{CALL}{end}"), own, shop(1), enable_thinking=False)
+    assert (one.stop_reason, one.detail) == (StopReason.MALFORMED, f"closed by '{end}' instead of <|observation|>")
+
+
 def test_a_full_context_is_truncation(template) -> None:
     problem = shop(1)
     prompt = len(template.encode_prompt(*tool_use.environment(problem[0]).reset()))
