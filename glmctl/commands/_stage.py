@@ -56,7 +56,7 @@ NEXT = {
 }
 """recipe type -> what one would type after it"""
 
-PICTURED = frozenset({"distill"})
+PICTURED = frozenset({"distill", "on_policy_distill"})
 """recipe types whose runs compare models, and so end with a report.html of their own"""
 
 PLAIN: dict[str, Any] = {

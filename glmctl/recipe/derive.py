@@ -12,12 +12,15 @@ from glmctl.recipe.schema import (
     BatchRamp,
     DistillRecipe,
     EvalRecipe,
+    LogitDistillRecipe,
     MuonSpec,
+    OnPolicyDistillRecipe,
     Optimizer,
     PipelineRecipe,
     PretrainRecipe,
     ProblemsRecipe,
     RecipeBase,
+    RewardRecipe,
     RlRecipe,
     ServeRecipe,
     SftRecipe,
@@ -31,7 +34,7 @@ def derived(recipe: RecipeBase) -> dict[str, Any]:
     """Every value that follows from `recipe`, by name; JSON-able. Empty for a recipe that implies nothing."""
     if isinstance(recipe, PretrainRecipe):
         return _pretrain(recipe)
-    if isinstance(recipe, SftRecipe | DistillRecipe):
+    if isinstance(recipe, SftRecipe | DistillRecipe | LogitDistillRecipe):
         tokens = recipe.steps * recipe.batch_tokens
         model = recipe.model if isinstance(recipe, SftRecipe) else recipe.student
         rows = max(1, recipe.batch_tokens // recipe.sequence_length)
@@ -40,6 +43,13 @@ def derived(recipe: RecipeBase) -> dict[str, Any]:
         if isinstance(recipe, DistillRecipe):
             body["teacher_samples"] = {t.name: t.prompts * t.samples_per_prompt for t in recipe.teachers}
         return {**body, "warmup_steps": warmup, **_folder_model(model, recipe.optimizer)}
+    if isinstance(recipe, OnPolicyDistillRecipe):
+        per_step = recipe.prompts_per_step * recipe.samples_per_prompt
+        body = {"steps": recipe.steps, "samples_per_step": per_step, "samples": recipe.steps * per_step}
+        return {**body, **_folder_model(recipe.student, recipe.optimizer)}
+    if isinstance(recipe, RewardRecipe):
+        body = {"steps": recipe.steps, "pairs": recipe.steps * recipe.pairs_per_step}
+        return {**body, **_folder_model(recipe.model, recipe.optimizer)}
     if isinstance(recipe, RlRecipe):
         per_step = recipe.prompts_per_step * recipe.group_size
         body = {"steps": recipe.steps, "rollouts_per_step": per_step, "rollouts": recipe.steps * per_step}

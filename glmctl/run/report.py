@@ -22,6 +22,7 @@ from glmctl.run.report_charts import eval_section, pretrain_section, rl_section,
 from glmctl.run.report_distill import distill_section
 from glmctl.run.report_rollouts import rollout_section
 from glmctl.run.report_samples import reply_section, sample_section
+from glmctl.run.report_teaching import logit_section, on_policy_section, reward_section
 from glmctl.run.view import StageView, collect, of_kind, read_json
 
 
@@ -55,7 +56,10 @@ def chart_sections(stages: list[StageView]) -> list[str]:
         *(pretrain_section(stage) for stage in of_kind(stages, "pretrain")),
         sft_section(of_kind(stages, "sft")),
         rl_section(of_kind(stages, "rl")),
+        reward_section(of_kind(stages, "reward")),
         distill_section(of_kind(stages, "distill")),
+        on_policy_section(of_kind(stages, "on_policy_distill")),
+        logit_section(of_kind(stages, "logit_distill")),
         eval_section(of_kind(stages, "eval")),
     ]
 

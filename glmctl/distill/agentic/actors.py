@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from glmctl.data.chat import ChatTemplate
 from glmctl.distill.endpoint import RETRIES, TIMEOUT_SECONDS, incoming, outgoing
 from glmctl.engine.request import Request, SamplingParams
-from glmctl.errors import EnvironmentProblem, RecipeError
+from glmctl.errors import EnvironmentProblem
 from glmctl.model.folder import load_model
 from glmctl.recipe.agentic import EndpointActor, ModelActor
 from glmctl.rl.environment import Message, Tool
@@ -113,39 +113,3 @@ class ModelSpeaker:
 def open_speaker(spec: EndpointActor | ModelActor) -> Actor:
     """The actor that a recipe names. RecipeError or DataError for a model that is not there."""
     return EndpointSpeaker(spec) if isinstance(spec, EndpointActor) else ModelSpeaker(spec)
-
-
-class Script:
-    """Follows one task's script: its calls one after another, then its answer.
-
-    `{0}`, `{1}`, ... in an argument or answer are the results of the calls made so far, and `{0.key}` a member of a
-    result that is a JSON object, so a script can use what only the tools know.
-    """
-
-    def __init__(self, turns: Sequence[dict[str, Any]], where: str) -> None:
-        """`turns`: for every user message {calls: [{name, arguments}], answer, reasoning?}."""
-        self._turns = turns
-        self._where = where
-
-    def reply(self, messages: Sequence[Message], tools: Sequence[Tool] | None, *, thinking: bool, seed: int) -> Message:
-        """See `Actor`. RecipeError when the script has no turn for this user message."""
-        from glmctl.distill.agentic.tasks import filled
-
-        asked = sum(message["role"] == "user" for message in messages) - 1
-        if asked >= len(self._turns):
-            raise RecipeError(f"{self._where}: the script ends before user message {asked + 1}")
-        turn = self._turns[asked]
-        since = max(at for at, message in enumerate(messages) if message["role"] == "user")
-        made = sum(message["role"] == "assistant" for message in messages[since:])
-        results = [str(message["content"]) for message in messages if message["role"] == "tool"]
-        calls = turn.get("calls") or []
-        if made < len(calls):
-            call = calls[made]
-            arguments = filled(call["arguments"], results, self._where)
-            said: Message = {"role": "assistant", "content": ""}
-            said["tool_calls"] = [{"type": "function", "function": {"name": call["name"], "arguments": arguments}}]
-            why = call.get("reasoning") or f"I need {call['name']}."
-        else:
-            said = {"role": "assistant", "content": filled(turn["answer"], results, self._where)}
-            why = turn.get("reasoning") or "I have what was asked for."
-        return {**said, "reasoning_content": filled(why, results, self._where)} if thinking else said

@@ -17,9 +17,10 @@ from typing import Any
 
 from glmctl import console
 from glmctl.data.conversations import Conversation
-from glmctl.distill.agentic.actors import Actor, Script, open_speaker
+from glmctl.distill.agentic.actors import Actor, open_speaker
 from glmctl.distill.agentic.judges import by_model, by_rules, rejections
 from glmctl.distill.agentic.play import AgentTrajectory, play
+from glmctl.distill.agentic.script import Script
 from glmctl.distill.agentic.tasks import AgentTask, read_tasks, synthesise
 from glmctl.distill.agentic.toolbox import ToolboxDied
 from glmctl.distill.agentic.worlds import EnvironmentWorld, Workbench, World
@@ -93,7 +94,7 @@ def _play_all(
     failure: EnvironmentProblem | None = None
     with (
         StopFlag() as stop,
-        console.progress(recipe.name, len(jobs), unit="trajectory", start=len(found)) as bar,
+        console.progress(recipe.name, len(jobs), unit="sample", start=len(found)) as bar,
         ThreadPoolExecutor(len(benches)) as pool,
     ):
         while True:

@@ -17,7 +17,6 @@ from glmctl.recipe.agentic import TaskSynthesis
 from glmctl.rl.environment import Problem, Tool
 from glmctl.rl.seeds import derive_seed
 
-_PLACE = re.compile(r"\{(\d+)(?:\.(\w+))?\}")
 _LIST = re.compile(r"\[.*\]", re.DOTALL)
 MAX_TRIES = 3
 """requests without a usable task after which the writer is given up"""
@@ -71,29 +70,6 @@ def _task_of(line: str, name: str, where: str) -> AgentTask:
                 raise DataError(f"{where}: a call of a script has a 'name' and 'arguments'")
             call.setdefault("arguments", {})
     return AgentTask(str(row.get("id", name)), row["prompt"], str(row.get("goal", "")), script, expect)
-
-
-def filled(value: Any, results: Sequence[str], where: str) -> Any:
-    """`value` with `{n}` and `{n.key}` in its strings replaced by result n, or a member of it. DataError for none."""
-    if isinstance(value, dict):
-        return {key: filled(one, results, where) for key, one in value.items()}
-    if isinstance(value, list):
-        return [filled(one, results, where) for one in value]
-    if not isinstance(value, str):
-        return value
-
-    def found(match: re.Match[str]) -> str:
-        number, key = int(match[1]), match[2]
-        if number >= len(results):
-            raise DataError(f"{where}: the script uses result {number} of {len(results)}")
-        if key is None:
-            return results[number]
-        try:
-            return str(json.loads(results[number])[key])
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{where}: result {number} has no '{key}': {results[number]!r}") from error
-
-    return _PLACE.sub(found, value)
 
 
 # ----------------------------------------------------------------------------- a model writes them
