@@ -23,7 +23,8 @@ from glmctl.data.tokenizer import END_OF_TEXT
 from glmctl.engine.engine import Engine
 from glmctl.engine.request import SamplingParams
 from glmctl.errors import GlmctlError, unknown
-from glmctl.evaluation.generation import Job, generate_texts
+from glmctl.evaluation.catalog import OWN_TASKS
+from glmctl.evaluation.generation import Job, cut, generate_texts
 from glmctl.evaluation.likelihood import Score, score_continuations
 from glmctl.evaluation.responses import Responses
 from glmctl.model.folder import load_model
@@ -45,9 +46,9 @@ class GlmctlLM(TemplateLM):  # type: ignore[misc]
 
     pretrained: a loaded model (then `template` is needed), a model folder or a run directory. `batch_size` and
     `max_batch_size`, which lm-eval passes to every model, are ignored: `batch_tokens` bounds a forward, `max_slots`
-    the requests that generate at once. What `responses` knows is not computed again, what is computed goes there, and
-    `moved` is told.
-    Raises RecipeError or DataError for a missing or damaged folder.
+    the requests that generate at once. think_end_token: of tasks that are not ours, an answer is what follows its last
+    occurrence. What `responses` knows is not computed again, what is computed goes there, and `moved` is told. Raises
+    RecipeError or DataError for a missing or damaged folder.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class GlmctlLM(TemplateLM):  # type: ignore[misc]
         max_length: int | None = None,
         max_gen_toks: int = 256,
         enable_thinking: bool = True,
+        think_end_token: str | None = None,
         seed: int = 0,
         responses: Responses | None = None,
         moved: Moved = lambda kind, done, total: None,
@@ -81,6 +83,7 @@ class GlmctlLM(TemplateLM):  # type: ignore[misc]
         self.tokenizer = template.tokenizer
         self.batch_tokens, self.max_slots, self.seed = batch_tokens, max_slots, seed
         self.enable_thinking, self.responses, self.moved = enable_thinking, responses, moved
+        self.think_end_token = think_end_token
         self.max_length = max_length or self.model.config.max_position_embeddings
         self.max_gen_toks = max_gen_toks
 
@@ -206,19 +209,31 @@ class GlmctlLM(TemplateLM):  # type: ignore[misc]
         its own, named by the seed, its prompt and how often that was asked before: results depend neither on batching
         nor on what else is asked. Contexts that leave no room are cut from the left, as lm-eval does.
         """
-        repeats: Counter[str] = Counter()
+        repeats: Counter[tuple[str, str]] = Counter()
         jobs = []
         for request in requests:
             context, gen_kwargs = request.args
-            jobs.append(self._job(context, gen_kwargs, repeats[context]))
-            repeats[context] += 1
-        if cut := [job for job in jobs if job.cut]:
-            most = max(job.cut for job in cut)
-            console.warn(f"{len(cut)} of {len(jobs)} prompts do not fit the context: up to {most} first tokens are cut")
-        texts = self._write(jobs)
+            # by task: the same question in another one must not change this one's samples
+            asked = (request.task_name, context)
+            jobs.append(self._job(context, gen_kwargs, repeats[asked], hides=self._hides_reasoning(request)))
+            repeats[asked] += 1
+        if off := [job.cut for job in jobs if job.cut]:
+            console.warn(f"{len(off)} of {len(jobs)} prompts do not fit the context: up to {max(off)} tokens are cut")
+        texts = [self._answer(request, text) for request, text in zip(requests, self._write(jobs), strict=True)]
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
+
+    def _hides_reasoning(self, request: Instance) -> bool:
+        """Our tasks read the reasoning themselves."""
+        return self.think_end_token is not None and request.task_name not in OWN_TASKS
+
+    def _answer(self, request: Instance, text: str) -> str:
+        """The text, or what follows the reasoning in it up to a stop string, as lm-eval's other models give it."""
+        if not self._hides_reasoning(request):
+            return text
+        until = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["until"]
+        return cut(text.split(self.think_end_token)[-1].lstrip(), [stop for stop in until if stop])
 
     def _write(self, jobs: list[Job]) -> list[str]:
         """Texts in the order of the jobs, those already known not written again."""
@@ -250,7 +265,7 @@ class GlmctlLM(TemplateLM):  # type: ignore[misc]
             known |= zip(missing, generate_texts(engine, self.tokenizer, asked, keep), strict=True)
         return [known[place] for place in range(len(jobs))]
 
-    def _job(self, context: str, gen_kwargs: dict[str, Any], repeat: int) -> Job:
+    def _job(self, context: str, gen_kwargs: dict[str, Any], repeat: int, *, hides: bool) -> Job:
         kwargs = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
         for key in kwargs:
             if key not in (*SAMPLING_KWARGS, *HANDLED_KWARGS):
@@ -267,8 +282,8 @@ class GlmctlLM(TemplateLM):  # type: ignore[misc]
             top_p=float(kwargs.get("top_p", 1.0)),
             top_k=int(kwargs.get("top_k", 0)),
             min_p=float(kwargs.get("min_p", 0.0)),
-            # an empty one is none
-            stop=tuple(stop for stop in kwargs["until"] if stop),
+            # an empty one is none; reasoning may hold what ends an answer, so what hides it is cut afterwards
+            stop=() if hides else tuple(stop for stop in kwargs["until"] if stop),
             stop_token_ids=self.tokenizer.eos_ids,
             seed=derive_seed(int(kwargs.get("seed", self.seed)), context, repeat),
         )

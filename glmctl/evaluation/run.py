@@ -59,7 +59,8 @@ def run(recipe: EvalRecipe, run: Run) -> dict[str, Any]:
     run.samples.unlink(missing_ok=True)
     samples = MetricsLog(run.samples)
     total = len(recipe.models) * (len(recipe.tasks) + len(problems) + 1)
-    done: dict[str, _Evaluation] = {}
+    found: dict[str, _Found] = {}
+    answered: list[Responses] = []
     with (
         sandbox(recipe.sandbox),
         atomic.publish(run.export) as export,
@@ -67,18 +68,20 @@ def run(recipe: EvalRecipe, run: Run) -> dict[str, Any]:
     ):
         for name, folder in folders.items():
             with _responses(recipe, run, name, folder) as responses:
-                done[name] = _Evaluation(recipe, name, folder, problems, export / name, samples, responses, progress)
-                done[name].measure()
+                model, template = _load(recipe, name, folder), ChatTemplate.load(folder)
+                one = _Evaluation(recipe, name, model, template, problems, export / name, samples, responses, progress)
+                found[name] = one.measure(folder)
+            answered.append(responses)
     if recipe.use_cache is None:
-        for one in done.values():
-            one.responses.delete()
+        for responses in answered:
+            responses.delete()
         (run.path / RESPONSES).rmdir()
     show(
         recipe.name,
-        {name: one.results for name, one in done.items()},
-        {name: one.speculative for name, one in done.items()},
+        {name: one.results for name, one in found.items()},
+        {name: one.speculative for name, one in found.items()},
     )
-    return {f"{name}/{key}": value for name, one in done.items() for key, value in one.summary.items()}
+    return {f"{name}/{key}": value for name, one in found.items() for key, value in one.summary.items()}
 
 
 def _check(recipe: EvalRecipe) -> None:
@@ -120,43 +123,58 @@ def _responses(recipe: EvalRecipe, run: Run, name: str, folder: Path) -> Respons
     return Responses(Path(recipe.use_cache) / f"{owner[:32]}.jsonl", owner)
 
 
-@dataclass
+def _load(recipe: EvalRecipe, name: str, folder: Path) -> GlmMoe:
+    model = load_model(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    if name in recipe.weights:
+        round_weights(model, recipe.weights[name])
+    return model
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was found out about one model."""
+
+    results: Results
+    """in lm-eval's layout, without samples"""
+    speculative: Mapping[str, Any]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return {**by_task(self.results), **self.speculative}
+
+
+@dataclass(frozen=True)
 class _Evaluation:
-    """One model of the recipe; `measure` fills in what was found."""
+    """One model of the recipe, and where its answers and results go."""
 
     recipe: EvalRecipe
     name: str
-    source: Path
+    model: GlmMoe
+    template: ChatTemplate
     problems: Mapping[str, Sequence[Problem]]
     target: Path
     samples: MetricsLog
     responses: Responses
     progress: console.Progress
 
-    def measure(self) -> None:
-        """Everything about this model: `results` in lm-eval's layout, `summary` without the model's name."""
+    def measure(self, source: Path) -> _Found:
+        """Ask everything, and write `results.json` and the samples to `target`. source: the model's folder."""
         started = time.time()
         self.target.mkdir()
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model: GlmMoe = load_model(self.source, device=device)
-        if self.name in self.recipe.weights:
-            round_weights(self.model, self.recipe.weights[self.name])
-        self.template = ChatTemplate.load(self.source)
-        self.results: Results = {}
+        results: Results = {}
         if self.recipe.tasks:
-            self.results = self._lm_eval()
+            results = self._lm_eval()
             self.progress.advance(len(self.recipe.tasks))
         for name, problems in self.problems.items():
-            self._verified(name, problems)
+            self._verified(name, problems, results)
             self.progress.advance()
-        self.speculative = self._speculative()
+        speculative = self._speculative()
         self.progress.advance()
-        self.summary: dict[str, Any] = {**by_task(self.results), **self.speculative}
-        body = document(self.results, self.recipe, self.name, self.source, self.model, self.template, started)
+        body = document(results, self.recipe, self.name, source, self.model, self.template, started)
         write_json(self.target / "results.json", body)
-        for task, rows in self.results.pop("samples", {}).items():
+        for task, rows in results.pop("samples", {}).items():
             write_rows(self.target / f"samples_{task}.jsonl", sample_rows(rows))
-        del self.model
+        return _Found(results, speculative)
 
     def _moved(self, kind: str, done: int, total: int) -> None:
         """Answers came in: no task is over, but the line says how far it is."""
@@ -175,6 +193,7 @@ class _Evaluation:
             max_slots=recipe.max_slots,
             max_gen_toks=recipe.sampling.max_tokens,
             enable_thinking=recipe.enable_thinking,
+            think_end_token=recipe.think_end_token,
             seed=recipe.seed,
             responses=self.responses,
             moved=self._moved,
@@ -192,8 +211,8 @@ class _Evaluation:
         shared = {name: getattr(recipe, name) for name in Settings.__dataclass_fields__}
         return run_tasks(lm, recipe.tasks, inputs, Settings(**shared))
 
-    def _verified(self, name: str, problems: Sequence[Problem]) -> None:
-        """Multi-turn episodes judged by their environments."""
+    def _verified(self, name: str, problems: Sequence[Problem], results: Results) -> None:
+        """Multi-turn episodes judged by their environments; their figures are added to `results`."""
         recipe = self.recipe
         engine = Engine(self.model, max_slots=recipe.max_slots)
         score = score_episodes(engine, self.template, problems, recipe, self.responses, self._moved)
@@ -208,7 +227,7 @@ class _Evaluation:
         asked = recipe.model_dump(
             mode="json", include={"sampling", "samples_per_problem", "max_turns", "enable_thinking", "seed"}
         )
-        add_verified(self.results, name, figures, len(problems), {**asked, "problems": recipe.problems[name]})
+        add_verified(results, name, figures, len(problems), {**asked, "problems": recipe.problems[name]})
         rows = [_episode_row(self.name, one, self.template) for one in score.samples]
         write_rows(self.target / f"samples_{name}.jsonl", rows)
         for one in score.samples[:SHOWN]:

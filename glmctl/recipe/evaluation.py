@@ -60,6 +60,9 @@ class EvalRecipe(RecipeBase):
     fewshot_as_multiturn: bool = Field(True, description="with a chat template: each example a turn of its own")
     system_instruction: str | None = Field(None, description="before every prompt of tasks that are not ours")
     gen_kwargs: dict[str, Any] = Field({}, description="laid over the generation settings of tasks that are not ours")
+    think_end_token: str | None = Field(
+        None, description="of tasks that are not ours, only what follows it is the answer, e.g. </think>"
+    )
     include_path: str | None = Field(None, description="a folder with lm-eval tasks of your own")
     metadata: dict[str, Any] = Field({}, description="handed to lm-eval's tasks, as its --metadata")
     confirm_run_unsafe_code: bool = Field(False, description="let lm-eval's tasks run what the model wrote, unboxed")

@@ -198,7 +198,26 @@ def test_sampling_depends_on_seed_prompt_and_repeat_only(model: GlmMoe, template
     assert first[0] != first[1], "every request has its own stream"
     assert GlmctlLM(model, template=template, seed=3, max_slots=1).generate_until(requests) == first
     assert lm.generate_until(requests[2:] + requests[:2]) == first[2:] + first[:2], "nor on what else is asked"
+    other = [Instance("generate_until", {}, ("a", kwargs), 0, ("another task", 0, 1))]
+    assert lm.generate_until(other + requests) == first[:1] + first, "in whatever task"
     assert GlmctlLM(model, template=template, seed=9).generate_until(requests) != first
+
+
+def test_reasoning_is_taken_off_for_tasks_that_do_not_read_it(
+    model: GlmMoe, template: ChatTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stops: list[tuple[str, ...]] = []
+
+    def texts(engine: Engine, tokenizer: Tokenizer, jobs: list[Job], done: Any) -> list[str]:
+        stops.extend(job.params.stop for job in jobs)
+        return ["\n<think>2 END 2</think>\n4 END of it"] * len(jobs)
+
+    monkeypatch.setattr("glmctl.evaluation.lm.generate_texts", texts)
+    lm = GlmctlLM(model, template=template, think_end_token="</think>")
+    kwargs = {"until": ["END"], "max_gen_toks": 4}
+    asked = [Instance("generate_until", {}, ("a", kwargs), 0, (name, 0, 1)) for name in ("gsm8k", "glmctl_think")]
+    assert lm.generate_until(asked) == ["4 ", "\n<think>2 END 2</think>\n4 END of it"]
+    assert stops == [(), ("END",)], "the reasoning may hold what ends an answer"
 
 
 def test_unknown_or_impossible_generation_arguments_are_refused(lm: GlmctlLM) -> None:
