@@ -5,10 +5,10 @@
 
 Both models are loaded once, in one process, fp32, with the same number of threads; then every task is evaluated by one
 and by the other, in turns. `hf` gets the batch size that is the fastest for it among `--hf-batch-sizes`, tried on
-each task in the first round. The time is that of lm-eval's whole evaluation of the task: prompts, model, scoring.
-`table` says whether the two tables that lm-eval prints are the same text, to the last digit (a perplexity above 100 to
-five: more would be beyond fp32); `answers` counts the
-requests whose answer is the same (texts equal; log-likelihoods within 1e-3 nats and equally greedy).
+each task in a round that is not counted. The time is that of lm-eval's whole evaluation of the task: prompts, model,
+scoring. `table` says whether the two tables that lm-eval prints are the same text, to the last digit (a perplexity
+above 100 to five: more would be beyond fp32); `answers` counts the requests whose answer is the same (texts equal;
+log-likelihoods within 1e-3 nats and equally greedy).
 Prints a table and, last, one JSON object.
 """
 
@@ -49,6 +49,10 @@ TASKS = (
     *("glmctl_cloze", "glmctl_perplexity", "glmctl_perplexity_zh", "glmctl_needle"),
     *("glmctl_arithmetic", "glmctl_tool_use", "glmctl_instructions", "glmctl_think", "glmctl_nothink"),
 )
+HEAD = (
+    "| task | same table | same answers | glmctl, s | hf, s (batch) | ratio (range) | CPU ratio |\n"
+    "|---|---|---|---|---|---|---|"
+)
 CLOSE = 1e-3
 """nats: sums over tens of tokens of fp32 logits that two implementations round differently"""
 
@@ -77,9 +81,14 @@ def main() -> None:
             needle=Needle(samples=1),
             context=context,
         )
-        rows = [compare(task, ours, theirs, inputs, args.limit, args.rounds) for task in args.tasks]
+        print(HEAD)
+        rows = []
+        for task in args.tasks:
+            rows.append(compare(task, ours, theirs, inputs, args.limit, args.rounds))
+            print(line(rows[-1]), flush=True)
         parameters = sum(parameter.numel() for parameter in ours.model.parameters())
-    print(report(rows))
+    whole = sum(row["hf_seconds"] for row in rows) / sum(row["seconds"] for row in rows)
+    print(f"| all, sum of medians | | | | | {whole:.1f} | |")
     machine = {"machine": platform.processor() or platform.machine(), "threads": args.threads}
     print(json.dumps({"parameters": parameters, "context": context, **machine, **vars(args), "rows": rows}))
 
@@ -90,11 +99,13 @@ def compare(
     """Both models on one task, in turns; seconds and processor seconds of each, medians over the rounds."""
     mine: list[Timed] = []
     other: list[Timed] = []
-    tried = {size: Timed(lm, task, inputs, limit) for size, lm in theirs.items()}
-    best = min(tried, key=lambda size: tried[size].wall)
-    for turn in range(rounds):
+    # not counted: warms both up, and finds the batch size
+    Timed(ours, task, inputs, limit)
+    tried = {size: Timed(lm, task, inputs, limit).wall for size, lm in theirs.items()}
+    best = min(tried, key=lambda size: tried[size])
+    for _ in range(rounds):
         mine.append(Timed(ours, task, inputs, limit))
-        other.append(Timed(theirs[best], task, inputs, limit) if turn else tried[best])
+        other.append(Timed(theirs[best], task, inputs, limit))
         print(f"{task}: {mine[-1].wall:.2f} s against {other[-1].wall:.2f} s", file=sys.stderr)
     same, of = agreement(mine[0].results["samples"][task], other[0].results["samples"][task])
     ratios = [b.wall / a.wall for a, b in zip(mine, other, strict=True)]
@@ -168,19 +179,13 @@ def checkpoint(home: Path) -> Path:
     return home / "model"
 
 
-def report(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| task | same table | same answers | glmctl, s | hf, s (batch) | ratio (range) | CPU ratio |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row['task']} | {'yes' if row['table'] else 'NO'} | {row['same']}/{row['answers']} "
-            f"| {row['seconds']:.2f} | {row['hf_seconds']:.2f} ({row['hf_batch_size']}) "
-            f"| {row['ratio']:.1f} ({row['ratio_low']:.1f} .. {row['ratio_high']:.1f}) | {row['cpu_ratio']:.1f} |"
-        )
-    whole = sum(row["hf_seconds"] for row in rows) / sum(row["seconds"] for row in rows)
-    return "\n".join([*lines, f"| all, sum of medians | | | | | {whole:.1f} | |"])
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    return (
+        f"| {row['task']} | {'yes' if row['table'] else 'NO'} | {row['same']}/{row['answers']} "
+        f"| {row['seconds']:.2f} | {row['hf_seconds']:.2f} ({row['hf_batch_size']}) "
+        f"| {row['ratio']:.1f} ({row['ratio_low']:.1f} .. {row['ratio_high']:.1f}) | {row['cpu_ratio']:.1f} |"
+    )
 
 
 if __name__ == "__main__":
