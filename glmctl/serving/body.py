@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 from typing import Any, NoReturn, TypeAlias
 
 from starlette.requests import ClientDisconnect, Request
@@ -17,9 +18,12 @@ from glmctl.serving.api_error import ApiError
 
 MAX_BODY_BYTES = 8 * 1024 * 1024
 MAX_DEPTH = 64
+MAX_VALUES = 500_000
+MAX_CONTAINERS = 100_000
 BODY_SECONDS = 30.0
 _MAX_INTEGER_DIGITS = 20
 _PARSED_IN_PLACE = 64 * 1024
+_STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[{,]', re.DOTALL)
 
 _Path: TypeAlias = "tuple[_Path, str | int] | None"
 """where a value stands: its parent's path and its key or index, so that no text is made unless it is needed"""
@@ -50,6 +54,7 @@ async def _read(request: Request) -> bytes:
 
 def parse(raw: bytes) -> dict[str, Any]:
     """Strict JSON, an object at the top. ApiError 400 says what is wrong."""
+    _check_counts(raw)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -71,6 +76,22 @@ def parse(raw: bytes) -> dict[str, Any]:
         raise ApiError(400, "the request body must be a JSON object", code="invalid_json")
     _check(value, None, 1)
     return value
+
+
+def _check_counts(raw: bytes) -> None:
+    """Refuse millions of values before they are made: neither the JSON reader nor a collection of garbage lets go of
+    the interpreter meanwhile, so that every other client would wait."""
+    # usually enough: the same characters inside strings only make these counts too high
+    if raw.count(b",") < MAX_VALUES and raw.count(b"[") + raw.count(b"{") <= MAX_CONTAINERS:
+        return
+    values, containers = 1, 0
+    for found in _STRUCTURE.finditer(raw):
+        first = raw[found.start()]
+        values += first == ord(",")
+        containers += first in b"[{"
+        if values > MAX_VALUES or containers > MAX_CONTAINERS:
+            what = f"{MAX_VALUES} values" if values > MAX_VALUES else f"{MAX_CONTAINERS} arrays and objects"
+            raise ApiError(400, f"the request body holds more than {what}", code="body_too_large")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

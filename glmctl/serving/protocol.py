@@ -24,6 +24,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from glmctl.engine.request import MAX_TOP_LOGPROBS
+from glmctl.serving.body import MAX_VALUES
 from glmctl.serving.messages import (
     MAX_TOOLS,
     Message,
@@ -46,7 +47,7 @@ MAX_TOKENS_FIELD = 10_000_000
 """a sanity bound; the context bounds what is really generated"""
 
 TokenId = Annotated[int, Field(ge=0, le=10_000_000)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=1_000_000)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_VALUES)]
 PromptText = Annotated[str, Field(min_length=1)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
@@ -384,7 +385,7 @@ class DetokenizeRequest(Part):
     """POST /detokenize"""
 
     model: ShortText | None = None
-    tokens: list[TokenId] = Field(max_length=1_000_000)
+    tokens: list[TokenId] = Field(max_length=MAX_VALUES)
 
 
 class WeightsRequest(Part):

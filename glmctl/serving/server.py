@@ -212,6 +212,7 @@ class Server:
     def _drain(self) -> None:
         """Refuse new work with 503, let what is under way finish, then stop. Called again: stop at once."""
         if self._service.draining:
+            self._app.cut()
             self._uvicorn.should_exit = self._uvicorn.force_exit = True
             return
         self._service.draining = True

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glmctl.serving.api_error import ApiError
-from glmctl.serving.body import MAX_DEPTH, parse
+from glmctl.serving.body import MAX_CONTAINERS, MAX_DEPTH, MAX_VALUES, parse
 
 VALUES = st.recursive(
     st.none()
@@ -49,6 +49,23 @@ def test_depth_is_bounded_exactly() -> None:
     parse(nested(MAX_DEPTH))
     with pytest.raises(ApiError, match="deeper"):
         parse(nested(MAX_DEPTH + 1))
+
+
+@pytest.mark.parametrize(
+    ("item", "most"), [(b"1", MAX_VALUES), (b"{}", MAX_CONTAINERS - 2), (b"[]", MAX_CONTAINERS - 2)]
+)
+def test_values_and_containers_are_counted_exactly(item: bytes, most: int) -> None:
+    def listed(count: int) -> bytes:
+        return b'{"a":[' + b",".join([item] * count) + b"]}"
+
+    assert len(parse(listed(most))["a"]) == most
+    with pytest.raises(ApiError, match="more than"):
+        parse(listed(most + 1))
+
+
+def test_text_may_hold_any_number_of_brackets_and_commas() -> None:
+    text = '[{,\\"' * MAX_VALUES
+    assert parse(json.dumps({"a": text, "b": [text]}).encode()) == {"a": text, "b": [text]}
 
 
 @pytest.mark.parametrize("raw", [b'{"a":NaN}', b'{"a":-Infinity}', b'{"a":1e400}', b'{"a":' + b"1" * 21 + b"}"])
