@@ -34,13 +34,19 @@ End = tuple[int, float, int]
 
 async def _ended(served: Served, tasks: list[asyncio.Task[str]], numbers: list[signal.Signals]) -> End:
     """What came of signals sent one after another."""
+
+    def wait() -> tuple[int, float]:
+        # on a thread: the streams' readers may be far behind
+        return served.process.wait(60), time.perf_counter()
+
     since = time.perf_counter()
+    ending = asyncio.create_task(asyncio.to_thread(wait))
     for number in numbers:
         served.process.send_signal(number)
         await asyncio.sleep(0.05)
     results = await asyncio.gather(*tasks, return_exceptions=True)
-    code = await asyncio.to_thread(served.process.wait, 60)
-    return sum(isinstance(result, BaseException) for result in results), time.perf_counter() - since, code
+    code, until = await ending
+    return sum(isinstance(result, BaseException) for result in results), until - since, code
 
 
 async def _drained(served: Served) -> End:

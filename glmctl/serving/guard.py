@@ -87,7 +87,8 @@ class Guard:
             if not self._cutting:
                 raise
             if not begun:
-                await _SHUTTING_DOWN.response(scope["path"])(scope, receive, counted)
+                closing = {"Connection": "close"}  # the rest of its body will not be read
+                await _SHUTTING_DOWN.response(scope["path"], closing)(scope, receive, counted)
         finally:
             self._busy.discard(task)
             if not self._busy:
