@@ -43,11 +43,12 @@ soak: export GLMCTL_SOAK_REQUESTS = 20000
 soak: export GLMCTL_SOAK_KILLS = 200
 soak: export GLMCTL_SOAK_DAMAGES = 500
 soak: export GLMCTL_SOAK_EXAMPLES = 2000
+soak: export GLMCTL_SOAK_DEATHS = 20
 soak: export GLMCTL_SOAK_RL_KILLS = 50
 soak: export GLMCTL_SOAK_BOXES = 1000
 soak: $(VENV)/.dev
 	$(BIN)/pytest --timeout=14400 -m 'slow or not slow' \
-		tests/faults/test_checkpoint.py tests/faults/test_serving_soak.py tests/lifecycle/test_resume.py \
+		tests/faults/test_checkpoint.py tests/faults/test_serving_soak.py tests/faults/test_serving_death.py tests/lifecycle/test_resume.py \
 		tests/lifecycle/test_rl_kill.py tests/faults/test_sandbox.py \
 		tests/lifecycle/test_schemathesis.py
 

@@ -16,6 +16,7 @@ from glmctl.serving.service import Service
 PAGE_PATHS = frozenset(page.FILES)
 """the chat page itself, the same for everybody: it asks for the key and sends it with what it asks"""
 ADMIN_PREFIX = "/admin/"
+MAX_HEADER_BYTES = 64 * 1024
 
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _ANSWERED_WHILE_DRAINING = frozenset({"/health", "/ready", "/metrics"})
@@ -99,6 +100,9 @@ class Guard:
         for name, value in scope["headers"]:
             headers.setdefault(name.lower(), []).append(value)
         path = scope["path"]
+        # h11 bounds what it waits for; a head that came in one piece may be longer
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            return ApiError(431, f"the headers are larger than {MAX_HEADER_BYTES} bytes", code="headers_too_large")
         lengths = headers.get(b"content-length", [])
         if len(lengths) > 1 or (lengths and b"transfer-encoding" in headers):
             return ApiError(400, "conflicting lengths of the request body", code="bad_framing")

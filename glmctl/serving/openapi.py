@@ -84,13 +84,14 @@ def _static() -> tuple[dict[str, Any], dict[str, Any]]:
         body = {"application/json": {"schema": {"$ref": _COMPONENT.format(model=kind.__name__)}}}
         responses = {
             "200": {"description": "Done.", "content": {**answer, **(_STREAMING if streams else {})}},
-            **_failures(path, 400, 401, 403, 404, 408, 413, 421, 429, 503),
+            **_failures(path, 400, 401, 403, 404, 408, 413, 421, 429, 431, 503),
         }
         paths[path] = {
             "post": {"summary": text, "requestBody": {"required": True, "content": body}, "responses": responses}
         }
     for path, text, media in _GETS:
-        responses = {"200": {"description": "Done.", "content": {media: {}}}, **_failures(path, 401, 403, 421, 503)}
+        done = {"description": "Done.", "content": {media: {}}}
+        responses = {"200": done, **_failures(path, 401, 403, 421, 431, 503)}
         paths[path] = {"get": {"summary": text, "responses": responses}}
     return paths, components
 

@@ -17,6 +17,7 @@ import uvicorn
 from glmctl.errors import EnvironmentProblem, RecipeError
 from glmctl.serving.app import create_app
 from glmctl.serving.connection import Connection
+from glmctl.serving.guard import MAX_HEADER_BYTES
 from glmctl.serving.service import Service
 
 DRAIN_SECONDS = 30.0
@@ -31,7 +32,6 @@ WATCH_SECONDS = 0.25
 """between two looks at the engine"""
 DEATH_SECONDS = 3.0
 """clients of an engine that died get this long to read that it did"""
-MAX_HEADER_BYTES = 64 * 1024
 
 
 def is_loopback(host: str) -> bool:

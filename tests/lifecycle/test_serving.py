@@ -5,32 +5,18 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-import torch
 
-from glmctl import console
 from glmctl.data.chat import ChatTemplate
 from glmctl.data.tokenizer import Tokenizer
 from glmctl.engine.engine import Engine
 from glmctl.engine.request import Request, SamplingParams
 from glmctl.errors import EnvironmentProblem, RecipeError
-from glmctl.model.config import ModelConfig
-from glmctl.model.folder import save_model
 from glmctl.model.network import GlmMoe
-from glmctl.recipe.schema import ServeRecipe, ToolUseTask
-from glmctl.rl.tasks import tool_use
-from glmctl.run.directory import Run
-from glmctl.serving import run as serve_stage
 from glmctl.serving.server import Server
 from glmctl.serving.service import Service
 from glmctl.serving.worker import EngineWorker
@@ -51,84 +37,18 @@ TOOLS = [
 SUM = "What is 2+3?"
 STOCK = "Stock of 3 bolts?"
 CALL = {"name": "get_stock", "arguments": {"item": "bolt", "count": 3}}
-CALLING = {
-    "role": "assistant",
-    "reasoning_content": "look it up",
-    "content": "",
-    "tool_calls": [{"type": "function", "function": CALL}],
-}
-CONVERSATIONS: list[tuple[list[dict[str, Any]], Any, bool]] = [
-    (
-        [{"role": "user", "content": SUM}, {"role": "assistant", "reasoning_content": "2+3=5", "content": "It is 5."}],
-        None,
-        True,
-    ),
-    ([{"role": "user", "content": SUM}, {"role": "assistant", "content": "Five."}], None, False),
-    (
-        [
-            {"role": "user", "content": STOCK},
-            CALLING,
-            {"role": "tool", "content": "12"},
-            {"role": "assistant", "reasoning_content": "12 found", "content": "There are 12."},
-        ],
-        TOOLS,
-        True,
-    ),
-]
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    """Trained on the conversations as rendered, which keeps them short."""
-    plain = ChatTemplate(Tokenizer.train([], vocab_size=292))
-    texts = [plain.render(messages, tools, enable_thinking=thinking) for messages, tools, thinking in CONVERSATIONS]
-    return Tokenizer.train(texts * 2, vocab_size=640, digits=1)
-
-
-@pytest.fixture(scope="module")
-def learnt(tokenizer: Tokenizer) -> GlmMoe:
-    """Trained until it knows every conversation by heart."""
-    template = ChatTemplate(tokenizer)
-    batches = []
-    for messages, tools, thinking in CONVERSATIONS:
-        row = template.encode_training(messages, tools, enable_thinking=thinking)
-        tokens, mask = torch.tensor([row.tokens]), torch.tensor([row.loss_mask])
-        batches.append((tokens, torch.where(mask.bool(), tokens, -100)[0, 1:]))
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=48,
-        intermediate_size=80,
-        moe_intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        head_dim=16,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=512,
+def service_of(model: GlmMoe, learnt_tokenizer: Tokenizer, *, slots: int = 4, queue: int = 16) -> Service:
+    engine = Engine(
+        model, max_slots=slots, speculative=1, token_bytes=lambda token: learnt_tokenizer.decode_bytes([token])
     )
-    model = GlmMoe(config, seed=0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
-    for _ in range(300):
-        worst = 0.0
-        optimizer.zero_grad()
-        for tokens, targets in batches:
-            loss = torch.nn.functional.cross_entropy(model.logits(model(tokens))[0, :-1], targets)
-            loss.backward()
-            worst = max(worst, loss.item())
-        if worst < 0.02:
-            return model
-        optimizer.step()
-    raise AssertionError(f"the tiny model did not learn its lines: loss {worst:.3f}")
-
-
-def service_of(model: GlmMoe, tokenizer: Tokenizer, *, slots: int = 4, queue: int = 16) -> Service:
-    engine = Engine(model, max_slots=slots, speculative=1, token_bytes=lambda token: tokenizer.decode_bytes([token]))
-    return Service("tiny", tokenizer, ChatTemplate(tokenizer), EngineWorker(engine, queue))
+    return Service("tiny", learnt_tokenizer, ChatTemplate(learnt_tokenizer), EngineWorker(engine, queue))
 
 
 @pytest.fixture(scope="module")
-def server(learnt: GlmMoe, tokenizer: Tokenizer) -> Iterator[Server]:
-    server = Server(service_of(learnt, tokenizer), "127.0.0.1", 0)
+def server(learnt: GlmMoe, learnt_tokenizer: Tokenizer) -> Iterator[Server]:
+    server = Server(service_of(learnt, learnt_tokenizer), "127.0.0.1", 0)
     server.start()
     yield server
     server.stop()
@@ -181,11 +101,11 @@ def test_reasoning_and_content_are_apart(client: openai.OpenAI) -> None:
     assert choice.logprobs is None
 
 
-def test_usage_counts_prompt_and_answer(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+def test_usage_counts_prompt_and_answer(client: openai.OpenAI, learnt_tokenizer: Tokenizer) -> None:
     usage = ask(client).usage
-    template = ChatTemplate(tokenizer)
+    template = ChatTemplate(learnt_tokenizer)
     assert usage.prompt_tokens == len(template.encode_prompt([{"role": "user", "content": SUM}]))
-    made = len(tokenizer.encode("\n<think>2+3=5</think>\nIt is 5.<|user|>"))
+    made = len(learnt_tokenizer.encode("\n<think>2+3=5</think>\nIt is 5.<|user|>"))
     assert usage.completion_tokens == made
     assert usage.total_tokens == usage.prompt_tokens + made
 
@@ -375,10 +295,10 @@ def test_answers_do_not_depend_on_other_requests(client: openai.OpenAI) -> None:
 # ------------------------------------------------------------------ other routes
 
 
-def test_completion_of_text_and_of_its_tokens_agree(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+def test_completion_of_text_and_of_its_tokens_agree(client: openai.OpenAI, learnt_tokenizer: Tokenizer) -> None:
     text = "def add(a"
     a = client.completions.create(model="tiny", prompt=text, max_tokens=8, temperature=0)
-    b = client.completions.create(model="tiny", prompt=tokenizer.encode(text), max_tokens=8, temperature=0)
+    b = client.completions.create(model="tiny", prompt=learnt_tokenizer.encode(text), max_tokens=8, temperature=0)
     assert a.object == "text_completion"
     assert a.choices[0].text == b.choices[0].text
     assert a.usage == b.usage
@@ -422,6 +342,18 @@ def test_models_are_listed_and_retrieved(client: openai.OpenAI) -> None:
         client.models.retrieve("huge")
 
 
+def test_engine_and_server_give_the_same_tokens(
+    client: openai.OpenAI, learnt: GlmMoe, learnt_tokenizer: Tokenizer
+) -> None:
+    """Colocated and HTTP generation are one engine: same seed, same text."""
+    prompt = learnt_tokenizer.encode("def add(")
+    params = SamplingParams(max_tokens=20, temperature=1.3, seed=77, stop_token_ids=learnt_tokenizer.eos_ids)
+    made = Engine(learnt, max_slots=1, max_length=64).generate([Request("x", prompt, params)])[0]
+    tokens = made.tokens[:-1] if made.finish_reason == "stop" else made.tokens
+    served = client.completions.create(model="tiny", prompt=prompt, max_tokens=20, temperature=1.3, seed=77)
+    assert served.choices[0].text == learnt_tokenizer.decode(tokens, skip_special=True)
+
+
 def get(server: Server, path: str, method: str = "GET", body: Any = None) -> tuple[int, str]:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
     connection.request(method, path, None if body is None else json.dumps(body))
@@ -431,23 +363,23 @@ def get(server: Server, path: str, method: str = "GET", body: Any = None) -> tup
     return response.status, text
 
 
-def test_tokenize_and_detokenize_are_inverse(server: Server, tokenizer: Tokenizer) -> None:
+def test_tokenize_and_detokenize_are_inverse(server: Server, learnt_tokenizer: Tokenizer) -> None:
     text = "add(34, 57) <|user|> ä"
     status, body = get(server, "/tokenize", "POST", {"prompt": text})
     assert status == 200
     assert json.loads(body) == {
-        "tokens": tokenizer.encode(text),
-        "count": len(tokenizer.encode(text)),
+        "tokens": learnt_tokenizer.encode(text),
+        "count": len(learnt_tokenizer.encode(text)),
         "max_model_len": 512,
     }
-    status, body = get(server, "/detokenize", "POST", {"tokens": tokenizer.encode(text)})
+    status, body = get(server, "/detokenize", "POST", {"tokens": learnt_tokenizer.encode(text)})
     assert (status, json.loads(body)) == (200, {"prompt": text})
 
 
-def test_tokenize_of_messages_is_the_prompt(server: Server, tokenizer: Tokenizer) -> None:
+def test_tokenize_of_messages_is_the_prompt(server: Server, learnt_tokenizer: Tokenizer) -> None:
     messages = [{"role": "user", "content": SUM}]
     _, body = get(server, "/tokenize", "POST", {"messages": messages})
-    assert json.loads(body)["tokens"] == ChatTemplate(tokenizer).encode_prompt(messages)
+    assert json.loads(body)["tokens"] == ChatTemplate(learnt_tokenizer).encode_prompt(messages)
 
 
 def test_health_ready_and_metrics(server: Server, client: openai.OpenAI) -> None:
@@ -489,8 +421,8 @@ def test_errors_have_the_clients_own_classes(client: openai.OpenAI) -> None:
 # ------------------------------------------------------------------ key, exposure, port
 
 
-def test_with_a_key_every_route_needs_it(learnt: GlmMoe, tokenizer: Tokenizer) -> None:
-    server = Server(service_of(learnt, tokenizer), "127.0.0.1", 0, key="s3cret")
+def test_with_a_key_every_route_needs_it(learnt: GlmMoe, learnt_tokenizer: Tokenizer) -> None:
+    server = Server(service_of(learnt, learnt_tokenizer), "127.0.0.1", 0, key="s3cret")
     server.start()
     try:
         for path in ("/v1/models", "/health", "/ready", "/metrics", "/nowhere", "/v1/../health", "//health"):
@@ -519,102 +451,12 @@ def test_a_foreign_host_header_is_refused(server: Server) -> None:
         connection.close()
 
 
-def test_a_reachable_host_needs_a_key(learnt: GlmMoe, tokenizer: Tokenizer) -> None:
+def test_a_reachable_host_needs_a_key(learnt: GlmMoe, learnt_tokenizer: Tokenizer) -> None:
     with pytest.raises(RecipeError, match="API key"):
-        Server(service_of(learnt, tokenizer), "0.0.0.0", 0)
+        Server(service_of(learnt, learnt_tokenizer), "0.0.0.0", 0)
 
 
-def test_a_taken_port_is_an_environment_problem(server: Server, learnt: GlmMoe, tokenizer: Tokenizer) -> None:
+def test_a_taken_port_is_an_environment_problem(server: Server, learnt: GlmMoe, learnt_tokenizer: Tokenizer) -> None:
     with pytest.raises(EnvironmentProblem, match=str(server.port)) as error:
-        Server(service_of(learnt, tokenizer), "127.0.0.1", server.port)
+        Server(service_of(learnt, learnt_tokenizer), "127.0.0.1", server.port)
     assert error.value.exit_code == 4
-
-
-# ------------------------------------------------------------------ the stage
-
-
-@pytest.fixture
-def folder(learnt: GlmMoe, tokenizer: Tokenizer, tmp_path: Path) -> Path:
-    tokenizer.save(tmp_path / "model")
-    save_model(learnt, tmp_path / "model")
-    return tmp_path / "model"
-
-
-def test_stage_asks_its_own_server_and_reports(folder: Path, tmp_path: Path) -> None:
-    console.configure(quiet=True)
-    problem = tool_use.generate(ToolUseTask(), 1, random.Random(0))[0]
-    (tmp_path / "problems.jsonl").write_text(json.dumps(problem.to_row()) + "\n")
-    recipe = ServeRecipe(
-        name="serve", model=str(folder), port=0, ask=[SUM], ask_problems=[str(tmp_path / "problems.jsonl")]
-    )
-    with Run.open(recipe, tmp_path / "run") as run:
-        summary = serve_stage.run(recipe, run)
-        assert summary["reply"] == "It is 5."
-        assert summary["reasoning"] == "2+3=5"
-        assert summary["reply_nothink"] == "Five."
-        assert summary["model"] == "model"
-        assert 0 <= summary["mtp_acceptance"] <= 1
-        rows = [json.loads(line) for line in run.samples.read_text().splitlines()]
-        assert [(row["streamed"], row["thinking"]) for row in rows] == [(True, True), (False, False), (True, True)]
-        assert rows[2]["prompt"] == problem.prompt
-        assert summary["questions"] == 3
-    json.dumps(summary)
-
-
-def test_engine_and_server_give_the_same_tokens(client: openai.OpenAI, learnt: GlmMoe, tokenizer: Tokenizer) -> None:
-    """Colocated and HTTP generation are one engine: same seed, same text."""
-    prompt = tokenizer.encode("def add(")
-    params = SamplingParams(max_tokens=20, temperature=1.3, seed=77, stop_token_ids=tokenizer.eos_ids)
-    made = Engine(learnt, max_slots=1, max_length=64).generate([Request("x", prompt, params)])[0]
-    tokens = made.tokens[:-1] if made.finish_reason == "stop" else made.tokens
-    served = client.completions.create(model="tiny", prompt=prompt, max_tokens=20, temperature=1.3, seed=77)
-    assert served.choices[0].text == tokenizer.decode(tokens, skip_special=True)
-
-
-_SERVE = """
-import sys
-from glmctl.errors import GlmctlError
-from glmctl.recipe.schema import ServeRecipe, ToolUseTask
-from glmctl.rl.tasks import tool_use
-from glmctl.run.directory import Run
-from glmctl.serving.run import run
-recipe = ServeRecipe(name="serve", model=sys.argv[1], port=0)
-with Run.open(recipe, __import__("pathlib").Path(sys.argv[2])) as opened:
-    try:
-        run(recipe, opened)
-    except GlmctlError as error:
-        sys.exit(error.exit_code)
-"""
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_lets_streams_finish_and_then_ends(folder: Path, tmp_path: Path, number: int, code: int) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", _SERVE, str(folder), str(tmp_path / "run")],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-    )
-    assert process.stderr is not None
-    try:
-        line = process.stderr.readline()
-        while "http://" not in line:
-            assert line, "the server ended before it listened"
-            line = process.stderr.readline()
-        port = int(line.split("127.0.0.1:")[1].split("/")[0])
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-        body = {"model": "model", "prompt": "xyz", "max_tokens": 200, "stream": True, "temperature": 2, "seed": 1}
-        connection.request("POST", "/v1/completions", json.dumps(body))
-        response = connection.getresponse()
-        start = response.readline()
-        process.send_signal(number)
-        rest = response.read()
-        assert start.startswith(b"data: ")
-        assert rest.endswith(b"data: [DONE]\n\n")
-        connection.close()
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == code
-        assert "Traceback" not in errors
-    finally:
-        process.kill()
-        process.wait()
