@@ -24,6 +24,7 @@ class OpenApiTools(Section):
     path: str = Field(description="a .json or .yaml file")
     base_url: str | None = Field(None, description="of the server; null = the document's first")
     operations: list[str] = Field([], description="operationIds; empty = all")
+    api_key_env: str | None = Field(None, description="environment variable whose value is sent as bearer token")
     timeout_seconds: float = Field(30.0, gt=0.0)
 
 

@@ -68,7 +68,8 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/items/none":
             self.answer(404, {"detail": "no such item"})
         else:
-            self.answer(200, {"item": path.rsplit("/", 1)[-1], "query": query, "trace": self.headers["X-Trace"]})
+            said = {"query": query, "trace": self.headers["X-Trace"], "key": self.headers["Authorization"]}
+            self.answer(200, {"item": path.rsplit("/", 1)[-1], **said})
 
     def answer(self, status: int, value: Any) -> None:
         data = json.dumps(value).encode()
@@ -174,17 +175,21 @@ DOCUMENT = {
 }
 
 
-def test_operations_of_an_openapi_document_are_declared_and_called(serve: Any, tmp_path: Path) -> None:
+def test_operations_of_an_openapi_document_are_declared_and_called(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIBRARY_KEY", "k")
     path = tmp_path / "api.json"
     path.write_text(json.dumps(DOCUMENT))
     server = serve(lambda body: "made")
-    box = OpenApiToolbox(OpenApiTools(path=str(path), base_url=f"http://127.0.0.1:{server.server_port}"))
+    url = f"http://127.0.0.1:{server.server_port}"
+    box = OpenApiToolbox(OpenApiTools(path=str(path), base_url=url, api_key_env="LIBRARY_KEY"))
     first, second = (tool["function"] for tool in box.tools)
     assert first["parameters"]["required"] == ["id"]
     assert first["parameters"]["properties"].keys() == {"id", "size", "X-Trace"}
     assert second["parameters"]["properties"]["name"] == {"type": "string"}
     said = json.loads(box.call("get_item", {"id": "a/b", "size": 3, "X-Trace": "t"}))
-    assert said == {"item": "a%2Fb", "query": "size=3", "trace": "t"}
+    assert said == {"item": "a%2Fb", "query": "size=3", "trace": "t", "key": "Bearer k"}
     assert box.call("get_item", {"id": "none"}).startswith("error: HTTP 404")
     box.call("add_item", {"name": "n"})
     assert server.asked == [{"name": "n"}]

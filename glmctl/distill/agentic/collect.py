@@ -10,6 +10,7 @@ import json
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -56,16 +57,16 @@ def run(recipe: AgenticRecipe, run: Run) -> dict[str, Any]:
     does not answer or a server stays dead, Interrupted after a signal.
     """
     simulator = open_speaker(recipe.simulator) if recipe.simulator is not None else None
-    benches = [Workbench(recipe.tools, simulator) for _ in range(recipe.concurrency)]
-    try:
+    with ExitStack() as opened:
+        benches: list[Workbench] = []
+        for _ in range(recipe.concurrency):
+            benches.append(Workbench(recipe.tools, simulator))
+            opened.callback(benches[-1].close)
         tasks = _tasks(recipe, benches[0], run.path)
         log = MetricsLog(run.path / "trajectories.jsonl")
         found = {(row["task"], row["sample"]): AgentTrajectory(**row) for row in log.rows()}
         jobs = [(task, sample) for task in tasks for sample in range(recipe.samples_per_task)]
         _play_all(recipe, jobs, found, log, benches, _cast(recipe))
-    finally:
-        for bench in benches:
-            bench.close()
     return _publish(run, benches[0], tasks, [found[task.id, sample] for task, sample in jobs])
 
 

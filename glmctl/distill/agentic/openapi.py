@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,8 @@ class OpenApiToolbox:
         """RecipeError for a file that is not there or an unknown operation, DataError for what is no OpenAPI 3."""
         document = _read(Path(spec.path))
         self._timeout = spec.timeout_seconds
+        key = os.environ.get(spec.api_key_env) if spec.api_key_env else None
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._operations: dict[str, Operation] = {}
         self.tools: list[Tool] = []
         for path, item in document["paths"].items():
@@ -65,7 +68,7 @@ class OpenApiToolbox:
     def call(self, name: str, arguments: Arguments) -> str:
         """See `Toolbox`."""
         operation = self._operations[name]
-        path, query, headers = operation.path, {}, {"Accept": "application/json"}
+        path, query, headers = operation.path, {}, {"Accept": "application/json", **self._headers}
         for key, place in operation.places.items():
             if key not in arguments:
                 continue

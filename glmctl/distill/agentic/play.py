@@ -67,11 +67,12 @@ def play(
             found.problem = f"no answer after {max_calls} turns"
             return found
         found.verdict = world.answered(said)
+        if turn + 1 == user_turns:
+            break
         follow_up = next_message(task, found.messages, user, turn + 1, derive_seed(seed, "user", turn))
         if follow_up is None:
-            return found
-        if turn + 1 < user_turns:
-            found.messages.append({"role": "user", "content": follow_up})
+            break
+        found.messages.append({"role": "user", "content": follow_up})
     return found
 
 
