@@ -164,7 +164,7 @@ def test_a_teacher_of_another_tokenizer_is_refused(place: Path, tmp_path: Path) 
         execute(recipe(place, "logit_distill", teacher=str(other)), tmp_path / "run")
 
 
-@pytest.mark.parametrize("kind", ["reward", "on_policy_distill", "logit_distill"])
+@pytest.mark.parametrize("kind", ["sft", "reward", "on_policy_distill", "logit_distill"])
 def test_an_interrupted_run_goes_on_to_the_same_end(
     kind: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
