@@ -166,8 +166,15 @@ class PipelineRecipe(RecipeBase):
     stages: list[PipelineStage] = Field(min_length=1)
 
 
+class Choice(Section):
+    """Which of an arm's searched settings is its best."""
+
+    metric: str = Field(description="a label of `metrics`, as the first seed has it")
+    best: Literal["lowest", "highest"] = "lowest"
+
+
 class StudyRecipe(RecipeBase):
-    """The same stages under several settings (arms) and seeds, side by side."""
+    """The same stages under several settings (arms) and seeds, side by side; an arm may search for its best first."""
 
     type: Literal["study"] = "study"
     before: list[PipelineStage] = Field([], description="stages that run once, for all arms")
@@ -175,24 +182,50 @@ class StudyRecipe(RecipeBase):
     arms: dict[str, dict[str, Any]] = Field(
         min_length=1, description="what an arm sets, by STAGE.key; STAGE.recipe takes another recipe"
     )
+    search: dict[str, list[dict[str, Any]]] = Field(
+        {}, description="arm -> settings to try on the first seed; the best joins what the arm sets, for all seeds"
+    )
+    choose: Choice | None = Field(None, description="what makes a searched setting the best")
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="of every stage that the arms repeat")
     metrics: dict[str, list[str]] = Field(
         min_length=1, description="label -> STAGE.key of its summary; the first that an arm has"
     )
 
+    curves: dict[str, str] = Field({}, description="label -> STAGE.key of its metrics, drawn as the mean of the seeds")
+
     @model_validator(mode="after")
     def _names_fit(self) -> StudyRecipe:
         own = {stage.name for stage in self.stages}
-        keys = [key for arm in self.arms.values() for key in arm] + [k for keys in self.metrics.values() for k in keys]
-        for key in keys:
+        settings = [*self.arms.values(), *(setting for tried in self.search.values() for setting in tried)]
+        keys = [key for one in settings for key in one]
+        keys += [key for alternatives in self.metrics.values() for key in alternatives]
+        for key in [*keys, *self.curves.values()]:
             if key.partition(".")[0] not in own:
-                match = nearest(key.partition(".")[0], own)
-                more = f"did you mean '{match}'?" if match else f"one of: {', '.join(sorted(own))}"
-                raise ValueError(f"'{key}' begins with no stage; {more}")
+                raise ValueError(f"'{key}' begins with no stage; {_choice(key.partition('.')[0], own)}")
         bad = next((name for name in self.arms if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name)), None)
         if bad is not None:
             raise ValueError(f"arms: '{bad}' does not match ^[a-z0-9][a-z0-9-]*$")
         return self
+
+    @model_validator(mode="after")
+    def _search_fits(self) -> StudyRecipe:
+        for arm, tried in self.search.items():
+            if arm not in self.arms:
+                raise ValueError(f"search: no arm is called '{arm}'; {_choice(arm, set(self.arms))}")
+            if not tried:
+                raise ValueError(f"search: arm '{arm}' has no settings to try")
+        if self.search and self.choose is None:
+            raise ValueError("search: needs `choose`, which says what makes a setting the best")
+        if self.choose is not None and self.choose.metric not in self.metrics:
+            raise ValueError(
+                f"choose: no metric '{self.choose.metric}'; {_choice(self.choose.metric, set(self.metrics))}"
+            )
+        return self
+
+
+def _choice(given: str, known: set[str]) -> str:
+    match = nearest(given, known)
+    return f"did you mean '{match}'?" if match else f"one of: {', '.join(sorted(known))}"
 
 
 Recipe = Annotated[

@@ -1,123 +1,150 @@
 """A study: stages repeated for every arm and seed, as one pipeline, and what came out of it side by side.
 
 `before` runs once. Each of `stages` runs as `<stage>-<arm>-<seed>`; where its `set` names another repeated `${stage}`,
-that of the same arm and seed is meant. The result is `study.json` and `study.html` beside the pipeline's own files.
+that of the same arm and seed is meant. An arm with settings to `search` first tries each on the first seed, as
+`<stage>-<arm>-<place>-<seed>`, and goes on to the other seeds with the best. The result is `study.json` and
+`study.html` beside the pipeline's own files.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
-from importlib import resources
 from pathlib import Path
-from statistics import fmean, stdev
-from string import Template
+from statistics import fmean
 from typing import Any
 
 from glmctl import console
-from glmctl.errors import DataError
+from glmctl.errors import DataError, DivergedError
 from glmctl.recipe.schema import PipelineRecipe, PipelineStage, StudyRecipe
 from glmctl.run import atomic
-from glmctl.run.charts import bar_chart
+from glmctl.run.metrics import MetricsLog
 from glmctl.run.pipeline import PLACEHOLDER, Execute, Load, run_pipeline
-
-Found = dict[str, dict[str, list[float]]]
-"""metric -> arm -> one value a seed"""
+from glmctl.run.study_result import Found, Outcome, Points, Trial, page, setting_words, shown
 
 
 def run_study(recipe: StudyRecipe, root: Path, load: Load, execute: Execute, fresh: bool = False) -> dict[str, Any]:
-    """Bring the whole study up to date (see `run_pipeline`) and write and return `study.json`.
+    """Bring the whole study up to date (see `run_pipeline`) and write and return `study.json` (`Outcome.as_json`).
 
-    By metric and arm: `values` (one a seed), `mean`, `std` (of the sample; 0 for one seed). DataError when a stage has
-    none of the summary keys that a metric names.
+    Raises:
+        DataError: a stage has none of the summary keys that a metric names.
+        DivergedError: all searched settings of an arm diverged, or an arm did outside of its search.
     """
-    summary = run_pipeline(pipeline_of(recipe), root, load, execute, fresh=fresh)
-    found = collect(recipe, summary["stages"])
-    body = {
-        "name": recipe.name,
-        "seeds": recipe.seeds,
-        "metrics": {
-            metric: {arm: {"values": values, **_moments(values)} for arm, values in arms.items()}
-            for metric, arms in found.items()
-        },
-    }
+    trials: dict[str, list[Trial]] = {}
+    places: dict[str, int] = {}
+    for arm in recipe.search:
+        trials[arm] = []
+        for place in range(len(recipe.search[arm])):
+            trials[arm].append(_tried(recipe, arm, place, root, load, execute, fresh))
+            fresh = False
+        places[arm] = _best(recipe, arm, trials[arm])
+    stages = run_pipeline(pipeline_of(recipe, places), root, load, execute, fresh=fresh)["stages"]
+    outcome = Outcome(collect(recipe, stages, places), trials, places, _curves(recipe, stages, places))
+    body = outcome.as_json(recipe)
     atomic.write_json(root / "study.json", body)
-    atomic.write_text(root / "study.html", page(recipe, found))
-    rows = [[metric, *(_shown(values) for values in arms.values())] for metric, arms in found.items()]
+    atomic.write_text(root / "study.html", page(recipe, outcome))
+    rows = [[metric, *(shown(values) for values in arms.values())] for metric, arms in outcome.found.items()]
     console.table(f"{recipe.name}: mean and deviation over {len(recipe.seeds)} seeds", ["metric", *recipe.arms], rows)
     console.note(f"plots: {root / 'study.html'}")
     return body
 
 
-def pipeline_of(recipe: StudyRecipe) -> PipelineRecipe:
-    """The study as a plain pipeline."""
-    repeated = {stage.name for stage in recipe.stages}
+def pipeline_of(recipe: StudyRecipe, places: Mapping[str, int] | None = None) -> PipelineRecipe:
+    """The study as a plain pipeline; `places`: the chosen setting of each arm that searches (default: the first)."""
+    chosen = dict.fromkeys(recipe.search, 0) | dict(places or {})
     stages = list(recipe.before)
-    for arm, changes in recipe.arms.items():
+    for arm in recipe.arms:
         for seed in recipe.seeds:
-            for stage in recipe.stages:
-                own = {key.partition(".")[2]: value for key, value in changes.items() if _of(key) == stage.name}
-                settings = {**stage.set, **own, "seed": seed}
-                name = settings.pop("recipe", stage.recipe)
-                renamed = {key: _renamed(value, repeated, f"{arm}-{seed}") for key, value in settings.items()}
-                stages.append(PipelineStage(name=f"{stage.name}-{arm}-{seed}", recipe=name, set=renamed))
+            stages += _repeated(recipe, arm, seed, chosen.get(arm))
     return PipelineRecipe(name=recipe.name, seed=recipe.seed, stages=stages)
 
 
-def collect(recipe: StudyRecipe, stages: Mapping[str, Any]) -> Found:
+def collect(recipe: StudyRecipe, stages: Mapping[str, Any], places: Mapping[str, int]) -> Found:
     """Every metric of every arm and seed from the stages' summaries."""
-    found: Found = {}
-    for metric, keys in recipe.metrics.items():
-        for arm in recipe.arms:
-            for seed in recipe.seeds:
-                values = [stages[f"{_of(key)}-{arm}-{seed}"]["summary"].get(key.partition(".")[2]) for key in keys]
-                value = next((one for one in values if one is not None), None)
-                if value is None:
-                    raise DataError(f"{recipe.name}: arm '{arm}' has no {' or '.join(keys)} in its summaries")
-                found.setdefault(metric, {}).setdefault(arm, []).append(float(value))
-    return found
+    return {
+        metric: {
+            arm: [_figure(recipe, metric, arm, stages, _ending(arm, seed, places.get(arm))) for seed in recipe.seeds]
+            for arm in recipe.arms
+        }
+        for metric in recipe.metrics
+    }
 
 
-def page(recipe: StudyRecipe, found: Found) -> str:
-    """One self-contained page: means as bars with every seed in the table below, and what the arms set."""
-    cards = []
-    for metric, arms in found.items():
-        share = all(0.0 <= value <= 1.0 for values in arms.values() for value in values)
-        seeds = [f"seed {seed}" for seed in recipe.seeds]
-        series = [(arm, [*values, fmean(values)]) for arm, values in arms.items()]
-        cards.append(f'<div class="card">{bar_chart([*seeds, "mean"], series, title=metric, percent=share)}</div>')
-    head = "".join(f'<th class="num">{escape(arm)}</th>' for arm in recipe.arms)
-    rows = "".join(
-        f'<tr><td class="name">{escape(metric)}</td>'
-        + "".join(f'<td class="num">{escape(_shown(values))}</td>' for values in arms.values())
-        + "</tr>"
-        for metric, arms in found.items()
-    )
-    changes = "".join(
-        f"<li><b>{escape(arm)}</b>: {escape(', '.join(f'{k} = {v}' for k, v in settings.items()) or 'as it is')}</li>"
-        for arm, settings in recipe.arms.items()
-    )
-    body = (
-        f"<header><h1>{escape(recipe.name)}</h1><p>{len(recipe.arms)} settings, {len(recipe.seeds)} seeds each. "
-        'The stages themselves: <a href="report.html">report.html</a></p></header>'
-        f'<div class="grid">{"".join(cards)}</div><h2>Mean and deviation</h2>'
-        f'<div class="card scroll"><table><tr><th></th>{head}</tr>{rows}</table></div>'
-        f"<h2>Settings</h2><ul>{changes}</ul>"
-    )
-    frame = Template(resources.files("glmctl.run").joinpath("report.html").read_text(encoding="utf-8"))
-    return frame.substitute(title=escape(f"{recipe.name} · glmctl"), body=body)
+def _repeated(recipe: StudyRecipe, arm: str, seed: int, place: int | None) -> list[PipelineStage]:
+    """The repeated stages of one arm and seed, with the arm's searched setting at `place`."""
+    names = {stage.name for stage in recipe.stages}
+    changes = recipe.arms[arm] | ({} if place is None else recipe.search[arm][place])
+    ending = _ending(arm, seed, place)
+    made = []
+    for stage in recipe.stages:
+        own = {key.partition(".")[2]: value for key, value in changes.items() if _of(key) == stage.name}
+        settings = {**stage.set, **own, "seed": seed}
+        name = settings.pop("recipe", stage.recipe)
+        renamed = {key: _renamed(value, names, ending) for key, value in settings.items()}
+        made.append(PipelineStage(name=f"{stage.name}-{ending}", recipe=name, set=renamed))
+    return made
 
 
-def _moments(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else 0.0}
+def _tried(recipe: StudyRecipe, arm: str, place: int, root: Path, load: Load, execute: Execute, fresh: bool) -> Trial:
+    """One setting on the first seed; what it diverges in is said, and only that arm's search is worse for it."""
+    assert recipe.choose is not None
+    setting, seed = recipe.search[arm][place], recipe.seeds[0]
+    stages = [*recipe.before, *_repeated(recipe, arm, seed, place)]
+    console.note(f"{recipe.name}: arm '{arm}' tries {setting_words(setting)}")
+    try:
+        ran = run_pipeline(PipelineRecipe(name=recipe.name, stages=stages), root, load, execute, fresh=fresh)["stages"]
+    except DivergedError as error:
+        console.warn(f"{recipe.name}: arm '{arm}' with {setting_words(setting)}: {error.message}")
+        return Trial(setting, None)
+    return Trial(setting, _figure(recipe, recipe.choose.metric, arm, ran, _ending(arm, seed, place)))
 
 
-def _shown(values: Sequence[float]) -> str:
-    moments = _moments(values)
-    if all(0.0 <= value <= 1.0 for value in values):
-        return f"{moments['mean']:.1%} ± {moments['std']:.1%}"
-    return f"{moments['mean']:.4g} ± {moments['std']:.2g}"
+def _best(recipe: StudyRecipe, arm: str, trials: Sequence[Trial]) -> int:
+    assert recipe.choose is not None
+    sign = 1.0 if recipe.choose.best == "lowest" else -1.0
+    values = {place: sign * one.value for place, one in enumerate(trials) if one.value is not None}
+    if not values:
+        raise DivergedError(f"{recipe.name}: every setting of arm '{arm}' diverged", hint="search lower learning rates")
+    return min(values, key=lambda place: values[place])
+
+
+def _figure(recipe: StudyRecipe, metric: str, arm: str, stages: Mapping[str, Any], ending: str) -> float:
+    keys = recipe.metrics[metric]
+    values = [stages[f"{_of(key)}-{ending}"]["summary"].get(key.partition(".")[2]) for key in keys]
+    value = next((one for one in values if one is not None), None)
+    if value is None:
+        raise DataError(f"{recipe.name}: arm '{arm}' has no {' or '.join(keys)} in its summaries")
+    return float(value)
+
+
+def _curves(recipe: StudyRecipe, stages: Mapping[str, Any], places: Mapping[str, int]) -> dict[str, dict[str, Points]]:
+    return {
+        label: {
+            arm: _mean_curve(
+                [
+                    Path(stages[f"{_of(key)}-{_ending(arm, seed, places.get(arm))}"]["path"]) / "metrics.jsonl"
+                    for seed in recipe.seeds
+                ],
+                key.partition(".")[2],
+            )
+            for arm in recipe.arms
+        }
+        for label, key in recipe.curves.items()
+    }
+
+
+def _mean_curve(logs: Sequence[Path], key: str) -> Points:
+    """The mean over the seeds where all of them have the figure, over tokens (or steps where tokens are not told)."""
+    curves = []
+    for log in logs:
+        rows = [row for row in MetricsLog(log).rows() if row.get(key) is not None]
+        curves.append({float(row.get("tokens", row["step"])): float(row[key]) for row in rows})
+    common = sorted(set.intersection(*map(set, curves)))
+    return [(at, fmean(curve[at] for curve in curves)) for at in common]
+
+
+def _ending(arm: str, seed: int, place: int | None) -> str:
+    return f"{arm}-{seed}" if place is None else f"{arm}-{place + 1}-{seed}"
 
 
 def _of(key: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from glmctl.errors import DataError
+from glmctl.errors import DataError, DivergedError
 from glmctl.recipe.load import list_recipes, load
 from glmctl.recipe.schema import EvalRecipe, ProblemsRecipe, SftRecipe, StudyRecipe
 from glmctl.run.directory import Run
@@ -94,17 +94,95 @@ def test_a_metric_that_no_stage_has_is_named(tmp_path: Path) -> None:
         run_study(study(), tmp_path, loaded, execute)
 
 
+def searched(**changes: Any) -> StudyRecipe:
+    """Two arms over one `sft` stage; `tried` looks for the number of steps with the smallest loss."""
+    body = {
+        "stages": STAGES[:1],
+        "arms": {"fixed": {"sft.steps": 2}, "tried": {}},
+        "search": {"tried": [{"sft.steps": steps} for steps in (8, 4, 5)]},
+        "choose": {"metric": "loss"},
+        "metrics": {"loss": ["sft.loss"]},
+        "curves": {"loss": "sft.loss"},
+    }
+    return study(**{**body, **changes})
+
+
+class Trainer:
+    """Stands in for SFT: the loss is smallest at four steps, eight diverge."""
+
+    def __init__(self) -> None:
+        self.ran: list[tuple[int, int]] = []
+
+    def __call__(self, recipe: Any, path: Path, *, fresh: bool = False) -> dict[str, Any]:
+        with Run.open(recipe, path, fresh=fresh) as run:
+            if recipe.type != "sft":
+                run.finish({"x": 1})
+                return {"x": 1}
+            self.ran.append((recipe.steps, recipe.seed))
+            if recipe.steps == 8:
+                run.fail("three steps in a row")
+                raise DivergedError("three steps in a row")
+            loss = 2.0 + abs(recipe.steps - 4) + 0.25 * recipe.seed
+            for step in (1, 2):
+                run.metrics.append({"step": step, "tokens": 100 * step, "loss": loss + 2 - step})
+            run.finish({"loss": loss})
+            return {"loss": loss}
+
+
+def test_an_arm_searches_on_the_first_seed_and_takes_its_best_to_all(tmp_path: Path) -> None:
+    trainer = Trainer()
+    body = run_study(searched(), tmp_path, loaded, trainer)
+    assert trainer.ran == [(8, 0), (4, 0), (5, 0), (2, 0), (2, 5), (4, 5)], "the best is not trained twice"
+    assert body["metrics"]["loss"]["tried"]["values"] == [2.0, 3.25]
+    values = [trial["value"] for trial in body["search"]["tried"]["trials"]]
+    assert (values, body["search"]["tried"]["best"]) == ([None, 2.0, 3.0], 1)
+    page = (tmp_path / "study.html").read_text()
+    assert "-2 (-2 to -2)" in page, "paired with the first arm, seed by seed"
+    assert page.count('class="line c') == 2
+    assert "diverged" in page
+    assert "2 (best)" in page
+    run_study(searched(), tmp_path, loaded, trainer)
+    assert trainer.ran[6:] == [(8, 0)], "only what diverged is tried again"
+    highest = {"metric": "loss", "best": "highest"}
+    assert run_study(searched(choose=highest), tmp_path, loaded, trainer)["search"]["tried"]["best"] == 2
+
+
+def test_an_arm_of_which_every_setting_diverges_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match="every setting of arm 'tried' diverged"):
+        run_study(searched(search={"tried": [{"sft.steps": 8}]}), tmp_path, loaded, Trainer())
+
+
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
         ({"arms": {"a": {"stf.steps": 1}}}, "did you mean 'sft'"),
         ({"metrics": {"x": ["nowhere.loss"]}}, "'nowhere.loss' begins with no stage"),
         ({"arms": {"A b": {}}}, "'A b' does not match"),
+        ({"curves": {"loss": "stf.loss"}}, "did you mean 'sft'"),
+        ({"search": {"fw": [{"sft.steps": 1}]}, "choose": {"metric": "loss"}}, "did you mean 'few'"),
+        ({"search": {"few": []}, "choose": {"metric": "loss"}}, "has no settings to try"),
+        ({"search": {"few": [{"sft.steps": 1}]}}, "needs `choose`"),
+        ({"choose": {"metric": "los"}}, "did you mean 'loss'"),
     ],
 )
 def test_what_a_study_cannot_mean_is_refused(changes: dict[str, Any], why: str) -> None:
     with pytest.raises(ValidationError, match=why):
         study(**changes)
+
+
+def test_dense_and_moe_are_compared_at_equal_active_parameters_and_tokens() -> None:
+    """Dense against MoE: what one token passes differs by the routers alone."""
+    recipe = load("ablations/moe-muon")
+    assert isinstance(recipe, StudyRecipe)
+    stages = {stage.name: stage for stage in pipeline_of(recipe).stages if stage.name.startswith("pretrain-")}
+    made = {name: load(stage.recipe, stage.set, expect="pretrain") for name, stage in stages.items()}
+    assert len({one.total_tokens for one in made.values()}) == 1
+    moe, dense = made["pretrain-moe-muon-1-0"].model, made["pretrain-dense-muon-1-0"].model
+    routers = moe.num_moe_layers * moe.n_routed_experts * moe.hidden_size
+    assert moe.parameter_counts().active - dense.parameter_counts().active == routers
+    assert dense.num_moe_layers == 0
+    assert moe.parameter_counts().total > 1.2 * dense.parameter_counts().total
+    assert made["pretrain-moe-adamw-1-0"].model == moe
 
 
 def test_every_shipped_study_resolves(tmp_path: Path) -> None:
