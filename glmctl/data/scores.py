@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 _STOP_WORDS = frozenset(
     [
@@ -207,8 +208,12 @@ def _rising(value: float, low: float, high: float) -> float:
     return min(1.0, max(0.0, (value - low) / (high - low)))
 
 
-def _density(words: Sequence[str], wanted: frozenset[str]) -> float:
-    return sum(word in wanted for word in words) / max(1, len(words))
+def _density(text: str, words: Sequence[str], wanted: frozenset[str]) -> float:
+    """Share of words that are wanted. Chinese ones come as single characters, so pairs of them are looked up too."""
+    found = sum(word in wanted for word in words)
+    if not text.isascii():
+        found += sum(one + two in wanted for one, two in pairwise(words))
+    return found / max(1, len(words))
 
 
 def web(text: str, words: Sequence[str], language: str) -> float:
@@ -221,20 +226,20 @@ def web(text: str, words: Sequence[str], language: str) -> float:
     head = words[:1000]
     variety = len(set(head)) / len(head) ** 0.9
     parts = (
-        _rising(_density(head, _STOP_WORDS), 0.05, 0.3),
+        _rising(_density(text, head, _STOP_WORDS), 0.05, 0.3),
         _rising(ended, 0.2, 0.9),
         _rising(letters, 0.55, 0.78),
         _rising(variety, 0.15, 0.7),
         _rising(math.log10(len(words)), 1.5, 2.7),
     )
-    return sum(parts) / len(parts) * (1.0 - 0.7 * _rising(_density(words, _SELLS), 0.0, 0.05))
+    return sum(parts) / len(parts) * (1.0 - 0.7 * _rising(_density(text, words, _SELLS), 0.0, 0.05))
 
 
 def educational(text: str, words: Sequence[str], language: str) -> float:
     """How much of a page explains something, by the words that explanations and shop pages use."""
     if not words:
         return 0.0
-    explains, sells = _density(words, _EXPLAINS), _density(words, _SELLS)
+    explains, sells = _density(text, words, _EXPLAINS), _density(text, words, _SELLS)
     return _rising(explains, 0.0, 0.03) * (1.0 - _rising(sells, 0.0, 0.03)) * _rising(len(words), 20, 100)
 
 
@@ -243,7 +248,7 @@ def mathematics(text: str, words: Sequence[str], language: str) -> float:
     if not words:
         return 0.0
     formulas = len(_FORMULA.findall(text)) / len(words)
-    return max(_rising(_density(words, _MATHEMATICS), 0.0, 0.05), 0.9 * _rising(formulas, 0.0, 0.15))
+    return max(_rising(_density(text, words, _MATHEMATICS), 0.0, 0.05), 0.9 * _rising(formulas, 0.0, 0.15))
 
 
 def code(text: str, words: Sequence[str], language: str) -> float:

@@ -101,6 +101,41 @@ def test_a_heuristic_teaches() -> None:
     assert scores[0] > 0.9 > 0.1 > scores[1]
 
 
+LESSONS = {
+    "en": ("because example theory experiment evidence", "cell membrane orbit glacier enzyme magnet", "of the in and"),
+    "zh": ("因为 例如 原理 研究 结果", "细胞 轨道 冰川 酶 磁铁 光合", "的 是 在"),
+}
+OFFERS = {
+    "en": ("buy cart price discount shipping", "sneakers sofa handbag jacket phone perfume", "of the in and"),
+    "zh": ("购买 点击 优惠 广告 登录", "球鞋 沙发 手提包 外套 手机 香水", "的 是 在"),
+}
+"""by language: words that the educational heuristic knows, words that it does not, and words of neither kind"""
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_an_educational_classifier_ranks_held_out_pages_whose_words_its_teacher_does_not_know(language: str) -> None:
+    rng = random.Random(0)
+
+    def page(pools: tuple[str, str, str], known: bool) -> str:
+        told, topic, plain = (pool.split() for pool in pools)
+        special = rng.choices(told, k=15 if known else 0)
+        found = [*special, *rng.choices(topic, k=30), *rng.choices(plain, k=60)]
+        return " ".join(rng.sample(found, len(found)))
+
+    kinds = (LESSONS[language], OFFERS[language])
+    sample = [Document(page(kinds[i % 2], True), "d", str(i)) for i in range(201)]
+    texts, scores = teacher.rate(Heuristic(what="educational"), sample)
+    found, report = teach(hashes([words(text) for text in texts]), scores, 0.5)
+    assert report["positive"] == pytest.approx(0.5, abs=0.05)
+    unseen = [[page(kind, False) for _ in range(30)] for kind in kinds]
+    _, teachers = teacher.rate(
+        Heuristic(what="educational"), [Document(text, "d", "") for part in unseen for text in part]
+    )
+    assert max(teachers) == 0, "to the teacher they are all alike"
+    lessons, offers = ([found.score(one) for one in hashes([words(text) for text in part])] for part in unseen)
+    assert np.mean([a > b for a in lessons for b in offers]) > 0.95
+
+
 @pytest.mark.parametrize(
     ("reply", "score"), [("4", 0.8), ("Score: 2.5/5", 0.5), ("0", 0.0), ("none", None), ("9", None), ("-1", None)]
 )
