@@ -57,12 +57,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def publish(folder: Path, known: Mapping[str, str] | None = None, *, continuing: str | None = None) -> Iterator[Path]:
+def publish(
+    folder: Path, known: Mapping[str, str] | None = None, *, continuing: str | None = None, needed: int | None = None
+) -> Iterator[Path]:
     """Yield an empty temporary sibling of `folder`; at the end give it a manifest and the name `folder`.
 
     known: SHA-256 of large files by name, for a body that computed them; read after the body ends.
     continuing: hex digest of everything the contents follow from. What an earlier call with the same digest left
     when it was interrupted is then in the folder yielded, and is the body's to trust or not; another's is removed.
+    needed: about how many bytes the body writes, for the message when the disk does not take them.
 
     An existing `folder` is replaced. When the body raises, the temporary folder is removed and `folder` stays as
     it was; with `continuing` it is kept unless the error says that the input is wrong. A kill leaves at most a
@@ -71,7 +74,7 @@ def publish(folder: Path, known: Mapping[str, str] | None = None, *, continuing:
     temporary = _sibling(folder, "tmp")
     if continuing is not None:
         temporary = folder.with_name(f".{folder.name}.{PART}-{continuing[:12]}")
-    with machine_errors(folder):
+    with machine_errors(folder, needed):
         folder.parent.mkdir(parents=True, exist_ok=True)
         if continuing is not None:
             for other in set(folder.parent.glob(f".{folder.name}.{PART}-*")) - {temporary}:

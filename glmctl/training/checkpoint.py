@@ -78,16 +78,18 @@ def write(folder: Path, taken: Snapshot, *, keep: int = 2, keep_every: int | Non
     when the disk does not take it; what was there before stays valid.
     """
     target = folder / f"step-{taken.step:08d}"
-    with atomic.publish(target) as temporary:
+    size = sum(tensor.nbytes for held in taken.files.values() for tensor in held.values())
+    with atomic.publish(target, needed=size) as temporary:
         for file, tensors in taken.files.items():
             write_tensors(temporary / file, tensors.items())
         (temporary / "state.json").write_text(taken.body, encoding="utf-8")
     found = list_checkpoints(folder)
     kept = set(sorted(n for n in found if n <= taken.step)[-keep:])
     kept |= {n for n in found if keep_every is not None and n <= taken.step and n % keep_every == 0}
-    for number, path in found.items():
-        if number not in kept:
-            shutil.rmtree(path)
+    with atomic.machine_errors(folder):
+        for number, path in found.items():
+            if number not in kept:
+                shutil.rmtree(path)
     return target
 
 

@@ -79,14 +79,26 @@ def test_a_damaged_newest_checkpoint_costs_steps_but_changes_nothing(results: di
         assert found[key] == results["straight"][key], key
 
 
+def random_lives(root: Path, how: str, lives: int, codes: set[int]) -> None:
+    """A run that ends `lives` times at random is the one left in peace, bit for bit."""
+    results = harness(root, how, str(lives))
+    *ended, last = results["ended"]["codes"]
+    assert len(ended) == lives
+    assert set(ended) == codes
+    assert last == 0
+    for key in SAME:
+        assert results["ended"][key] == results["straight"][key], key
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_random_is_the_undisturbed_one_bit_for_bit(tmp_path: Path) -> None:
     """Row T1 of the reliability plan; its long form is GLMCTL_SOAK_KILLS=200."""
     kills = int(os.environ.get("GLMCTL_SOAK_KILLS", "20"))
-    results = harness(tmp_path, str(kills))
-    *killed, last = results["killed"]["codes"]
-    assert len(killed) == kills
-    assert set(killed) == {-signal.SIGKILL, -signal.SIGALRM}
-    assert last == 0
-    for key in SAME:
-        assert results["killed"][key] == results["straight"][key], key
+    random_lives(tmp_path, "kills", kills, {-signal.SIGKILL, -signal.SIGALRM})
+
+
+@pytest.mark.slow
+def test_a_run_asked_to_stop_at_random_is_the_undisturbed_one_bit_for_bit(tmp_path: Path) -> None:
+    """Row T4; its long form is GLMCTL_SOAK_SIGNALS=50."""
+    signals = int(os.environ.get("GLMCTL_SOAK_SIGNALS", "10"))
+    random_lives(tmp_path, "signals", signals, {128 + signal.SIGTERM, 128 + signal.SIGINT})
