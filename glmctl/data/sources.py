@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from glmctl.data import history, hub, repository
+from glmctl.data import history, hub, repository, retrieval
 from glmctl.data.chat import render_text
 from glmctl.data.conversations import Conversation, conversation_of
 from glmctl.data.language import programming_language
@@ -91,6 +91,8 @@ def name_of(source: Source) -> str:
     """What a message calls the source."""
     if source.type == "bundled":
         return source.text
+    if source.type == "retrieval":
+        return source.type
     if source.type == "huggingface":
         return source.dataset
     return source.root if source.type == "source_tree" else ", ".join(source.paths)
@@ -119,6 +121,11 @@ def _read(unit: Unit, source: Source, bad: BadRows) -> Iterator[Document]:
         yield from _read_history(unit, source, bad)
     elif source.type == "bundled":
         yield from _read_bundled(source)
+    elif source.type == "retrieval":
+        (span,) = unit.spans
+        assert span.stop is not None, "a span of generated documents has an end"
+        for number, text in enumerate(retrieval.documents(source, span.start, span.stop), start=span.start):
+            yield Document(text, source.domain, f"retrieval:{number}")
     elif source.type == "text":
         for span in unit.spans:
             yield from _read_text(span, source.domain, bad)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from glmctl.data.reading import PACKED
-from glmctl.errors import DataError, EnvironmentProblem, RecipeError
+from glmctl.errors import DataError, EnvironmentProblem, RecipeError, unknown
 
 if TYPE_CHECKING:
     from glmctl.recipe.schema import (
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 UNIT_BYTES = 8 * 1024 * 1024
 PACKED_GROWTH = 3
 """how much a packed file is taken to grow, for progress only"""
+_INTERPRETER = {"stdlib": "stdlib", "packages": "purelib"}
+"""word behind `python:` -> sysconfig's name of the folder"""
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,10 @@ def fingerprint_file(path: Path) -> SourceFile:
 
 
 def files_of(paths: Sequence[str]) -> list[Path]:
-    """Files that `paths` (files, folders, glob patterns) name, in order of the list, then by name."""
+    """Files that `paths` (files, folders, glob patterns, `python:`... as `located` has it) name: by list, then name."""
     found: list[Path] = []
     for name in paths:
-        path = Path(name).expanduser()
+        path = located(name)
         if path.is_file():
             found.append(path)
         elif path.is_dir():
@@ -108,9 +110,23 @@ def files_of(paths: Sequence[str]) -> list[Path]:
     return found
 
 
+def located(name: str) -> Path:
+    """The path that a source names: as it stands, or below this interpreter's `python:stdlib` or `python:packages`.
+
+    So a recipe can name text that is at hand wherever glmctl is installed: `python:packages/numpy`. RecipeError for
+    another word behind `python:`.
+    """
+    if not name.startswith("python:"):
+        return Path(name).expanduser()
+    place, _, rest = name.removeprefix("python:").partition("/")
+    if place not in _INTERPRETER:
+        raise unknown("folder of the interpreter", place, _INTERPRETER, where=name)
+    return Path(sysconfig.get_path(_INTERPRETER[place])) / rest
+
+
 def tree_root(root: str) -> Path:
     """The folder that a source tree names. RecipeError when there is none."""
-    path = Path(sysconfig.get_path("stdlib")) if root == "python:stdlib" else Path(root).expanduser()
+    path = located(root)
     if not path.is_dir():
         raise RecipeError(f"{root}: no such folder")
     return path
@@ -139,6 +155,13 @@ def _plan_source(place: int, source: Source, unit_bytes: int) -> Iterator[Unit]:
     if source.type == "bundled":
         size = 1_300_000 if source.text == "jargon-file" else 700_000
         yield Unit(place, (Span(source.text),), min(size, source.max_bytes or size))
+        return
+    if source.type == "retrieval":
+        mean = sum(source.characters) // 2
+        step = source.documents if source.max_bytes is not None else max(1, unit_bytes // mean)
+        for first in range(0, source.documents, step):
+            last = min(first + step, source.documents)
+            yield Unit(place, (Span("retrieval", first, last),), (last - first) * mean)
         return
     if source.type == "huggingface":
         yield Unit(place, (Span(source.dataset),), source.max_bytes or unit_bytes)
@@ -208,7 +231,7 @@ def _row_groups(path: Path) -> Iterator[tuple[Span, int]]:
 
 
 def _behind(source: Source) -> list[Path]:
-    if source.type == "bundled" or source.type == "huggingface":
+    if source.type in ("bundled", "huggingface", "retrieval"):
         return []
     if source.type == "source_tree":
         root = tree_root(source.root)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from glmctl.errors import nearest
 from glmctl.recipe.curation import LOCAL_STAGES, Stage
@@ -13,7 +13,7 @@ from glmctl.recipe.tasks import AlgebraTask, CodeCallsTask, CodeTask, CustomTask
 
 
 class TextSource(Section):
-    """Plain text files, one document a file."""
+    """Plain text files, one document a file; a path may begin with `python:stdlib/` or `python:packages/`."""
 
     type: Literal["text"] = "text"
     domain: str
@@ -65,7 +65,10 @@ class HuggingFaceSource(Section):
 
 
 class SourceTree(Section):
-    """Source code below `root`; `python:stdlib` names the running interpreter's standard library."""
+    """Source code below `root`.
+
+    `python:stdlib` names the running interpreter's standard library, `python:packages` what is installed beside it.
+    """
 
     type: Literal["source_tree"] = "source_tree"
     domain: str
@@ -112,6 +115,26 @@ class ConversationsSource(Section):
     max_bytes: int | None = Field(None, gt=0)
 
 
+class RetrievalSource(Section):
+    """Generated: prose with facts in it that the document's end states again, near or far from where they were."""
+
+    type: Literal["retrieval"] = "retrieval"
+    domain: str
+    documents: int = Field(gt=0)
+    characters: tuple[int, int] = Field(description="shortest and longest document; a token is about three")
+    facts: int = Field(4, gt=0, le=8, description="most facts in a document; each has at least one")
+    seed: int = Field(0, ge=0)
+    weight: float = Field(1.0, gt=0)
+    max_bytes: int | None = Field(None, gt=0)
+
+    @field_validator("characters")
+    @classmethod
+    def _rising(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("the shortest comes first, and is above 0")
+        return value
+
+
 Source = Annotated[
     TextSource
     | JsonLinesSource
@@ -120,7 +143,8 @@ Source = Annotated[
     | SourceTree
     | RepositoryHistory
     | BundledText
-    | ConversationsSource,
+    | ConversationsSource
+    | RetrievalSource,
     Field(discriminator="type"),
 ]
 

@@ -29,12 +29,13 @@ class MtpLoss(Section):
 class TrainStage(Section):
     """One stretch of pretraining with its own data, length and RoPE base."""
 
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     data: str
     tokens: int = Field(gt=0)
     sequence_length: int = Field(gt=1)
     packing: Literal["concat", "best_fit"] = "concat"
     rope_theta: float | None = Field(None, gt=0.0, description="null keeps the base of the stage before")
+    export: bool = Field(False, description="also export the model as it is when this stage ends, to `stages/NAME`")
 
 
 class BatchRamp(Section):

@@ -99,6 +99,8 @@ def run(recipe: PretrainRecipe, run: Run) -> dict[str, Any]:
             session.log(step.number, len(plan), metrics, row)
             if step.ends_stage:
                 session.sample(step.number, prompts, tokenizer, stage=stage.name)
+                if stage.export:
+                    session.publish(tokenizer_folder, run.path / "stages" / stage.name)
             session.end_step(step.number, len(plan), stop)
             shown = {key: row[key] for key in ("tokens_per_second", "mfu")}
             progress.advance(loss=metrics.loss, max_vio=max_vio(metrics.counts_LE), **shown)
@@ -116,6 +118,7 @@ class StageData:
     name: str
     sequence_length: int
     rope_theta: float
+    export: bool
     batches: PretrainBatches
     validation: Batch
     entropy: float
@@ -181,6 +184,7 @@ def open_stages(recipe: PretrainRecipe, tokenizer: Tokenizer) -> list[StageData]
                 name=stage.name,
                 sequence_length=stage.sequence_length,
                 rope_theta=theta,
+                export=stage.export,
                 batches=batches,
                 validation=_validation_rows(validation, stage.sequence_length, recipe.validation.tokens),
                 entropy=_entropy(validation),

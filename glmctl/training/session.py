@@ -153,19 +153,23 @@ class Session:
                 self.samples.append({"step": step, "prompt": shown, "text": tokenizer.decode(made), **fields})
         self.accelerator.wait_for_everyone()
 
-    def export(self, tokenizer_folder: Path, *, write: Callable[[Path], None] | None = None) -> None:
-        """Publish the model with its tokenizer as a Hugging Face folder, the run's export.
+    def publish(self, tokenizer_folder: Path, target: Path, *, write: Callable[[Path], None] | None = None) -> None:
+        """Publish the model as it is now with its tokenizer as a Hugging Face folder.
 
         `write(folder)` fills the folder in place of that, for a driver whose result is not a plain model.
         """
         self._writer.wait()
         if self.run.writer:
-            with atomic.publish(self.run.export) as folder:
+            with atomic.publish(target) as folder:
                 if write is None:
                     save_model(self.model, folder, tokenizer_folder=tokenizer_folder)
                 else:
                     write(folder)
         self.accelerator.wait_for_everyone()
+
+    def export(self, tokenizer_folder: Path, *, write: Callable[[Path], None] | None = None) -> None:
+        """Publish the finished model (or what `write` writes, see `publish`) as the run's export."""
+        self.publish(tokenizer_folder, self.run.export, write=write)
         if self._tracking:
             self.accelerator.end_training()
 

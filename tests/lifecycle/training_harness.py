@@ -1,7 +1,8 @@
 """Runs tiny trainings in forked processes that die at chosen points. A program for test_resume, not a test.
 
     python training_harness.py FOLDER          -> FOLDER/results.json
-    python training_harness.py FOLDER KILLS    the same of one long run that is killed that many times at random
+    python training_harness.py FOLDER kills N      the same of one long run that is killed N times at random
+    python training_harness.py FOLDER signals N    or asked to stop N times at random
 
 The parent imports everything once and computes nothing itself (threads do not survive a fork), so a trial costs a
 fork and not an import of torch. Every child ends by its own failpoint or runs to the end.
@@ -70,7 +71,7 @@ def prepare(root: Path) -> None:
 def pretrain_recipe(root: Path, more: int = 0) -> PretrainRecipe:
     """Two stages, a ramp, micro-batches, MTP and balance that switch: 15 steps, and one for each 96 tokens `more`."""
     stages = [
-        {"name": "a", "data": str(root / "data"), "tokens": 640, "sequence_length": 16},
+        {"name": "a", "data": str(root / "data"), "tokens": 640, "sequence_length": 16, "export": True},
         {"name": "b", "data": str(root / "data" / "train"), "tokens": 330 + more, "sequence_length": 32}
         | {"rope_theta": 1e5, "packing": "best_fit"},
     ]
@@ -241,6 +242,26 @@ def random_death(rng: random.Random) -> Callable[[], None]:
     return on_call(owner, name, rng.randint(1, 3))
 
 
+def random_request(rng: random.Random) -> Callable[[], None]:
+    """SIGTERM or SIGINT, 5 to 90 ms after this process has trained its first step, whatever it is doing then."""
+    number = rng.choice([signal.SIGTERM, signal.SIGINT])
+
+    def arm() -> None:
+        real, started = MetricsLog.append, False
+
+        def append(self: MetricsLog, row: Any) -> None:
+            nonlocal started
+            if not started:
+                started = True
+                signal.signal(signal.SIGALRM, lambda *_: ask(number)())
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.005, 0.09))
+            real(self, row)
+
+        MetricsLog.append = append  # type: ignore[method-assign]
+
+    return arm
+
+
 def child(recipe: RecipeBase, path: Path, arm: Callable[[], None] | None) -> int:
     """Run the recipe at `path` in a forked process; the exit code, or minus the signal that ended it."""
     pid = os.fork()
@@ -272,7 +293,11 @@ def outcome(path: Path, codes: list[int]) -> dict[str, Any]:
         "codes": codes,
         "rows": rows,
         "samples": (path / "samples.jsonl").read_text(),
-        "model": atomic.sha256_file(path / "export" / "model.safetensors"),
+        "model": [
+            atomic.sha256_file(model)
+            for model in sorted(path.glob("**/model.safetensors"))
+            if "checkpoints" not in model.parts
+        ],
         "state": status["state"],
         "summary": {k: v for k, v in status["summary"].items() if k not in varying},
         "left": sorted(p.name for p in path.rglob(".*") if p.name != ".lock"),
@@ -289,16 +314,19 @@ def set_up(root: Path) -> None:
     assert os.waitpid(setup, 0)[1] == 0
 
 
-def soak(root: Path, kills: int) -> None:
-    """One run killed `kills` times and one left in peace; a life is killed within a dozen steps at the latest."""
+ENDS = {"kills": random_death, "signals": random_request}
+
+
+def soak(root: Path, how: str, lives: int) -> None:
+    """One run that ends `lives` times and one left in peace; a life ends within a dozen steps at the latest."""
     set_up(root)
-    recipe = pretrain_recipe(root, more=96 * 12 * kills)
+    recipe = pretrain_recipe(root, more=96 * 12 * lives)
     straight = outcome(root / "straight", [child(recipe, root / "straight", None)])
     rng = random.Random(0)
-    codes = [child(recipe, root / "killed", random_death(rng)) for _ in range(kills)]
-    codes.append(child(recipe, root / "killed", None))
-    killed = outcome(root / "killed", codes)
-    (root / "results.json").write_text(json.dumps({"straight": straight, "killed": killed}))
+    codes = [child(recipe, root / "ended", ENDS[how](rng)) for _ in range(lives)]
+    codes.append(child(recipe, root / "ended", None))
+    ended = outcome(root / "ended", codes)
+    (root / "results.json").write_text(json.dumps({"straight": straight, "ended": ended}))
 
 
 def main(root: Path) -> None:
@@ -332,6 +360,6 @@ def main(root: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 2:
-        soak(Path(sys.argv[1]), int(sys.argv[2]))
+        soak(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
     else:
         main(Path(sys.argv[1]))
