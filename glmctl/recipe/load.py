@@ -40,6 +40,7 @@ CLASSES: dict[str, type[RecipeBase]] = {
         schema.ReasoningRecipe,
         schema.AgenticRecipe,
         schema.PretrainRecipe,
+        schema.AblationRecipe,
         schema.SftRecipe,
         schema.RewardRecipe,
         schema.RlRecipe,

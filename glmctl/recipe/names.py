@@ -19,6 +19,7 @@ COMMANDS = {
     "reasoning": "data reason",
     "agentic": "data agentic",
     "pretrain": "pretrain",
+    "ablation": "ablate",
     "sft": "sft",
     "reward": "reward",
     "rl": "rl",

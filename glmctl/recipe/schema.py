@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from glmctl.errors import nearest
+from glmctl.recipe.ablation import AblationRecipe, Variant
 from glmctl.recipe.agentic import AgenticRecipe
 from glmctl.recipe.data import (
     ArithmeticTask,
@@ -75,6 +76,7 @@ from glmctl.recipe.tasks import AlgebraTask, CodeCallsTask, CodeTask, CustomTask
 from glmctl.recipe.use import ConvertRecipe, ServeRecipe, Upcycling
 
 __all__ = [
+    "AblationRecipe",
     "AdamWSpec",
     "AfterSteps",
     "AgenticRecipe",
@@ -128,9 +130,9 @@ __all__ = [
     "Recipe",
     "RecipeBase",
     "RepositoryHistory",
+    "RetrievalSource",
     "RewardFilter",
     "RewardRecipe",
-    "RetrievalSource",
     "RlRecipe",
     "Rollouts",
     "Sampling",
@@ -152,6 +154,7 @@ __all__ = [
     "TrainStage",
     "Upcycling",
     "Validation",
+    "Variant",
 ]
 
 
@@ -237,6 +240,7 @@ Recipe = Annotated[
     | ReasoningRecipe
     | AgenticRecipe
     | PretrainRecipe
+    | AblationRecipe
     | SftRecipe
     | RewardRecipe
     | RlRecipe
