@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
+from glmctl.data import fim
 from glmctl.data.batches import Batch, pad_batch
+from glmctl.data.tokenizer import Tokenizer
 from glmctl.kernels.rms_norm import rms_norm
 from glmctl.model.config import ModelConfig
+from glmctl.model.generate import generate
 from glmctl.model.network import GlmMoe
 from glmctl.parallel.accelerate import make_accelerator
-from glmctl.recipe.schema import MuonSpec
+from glmctl.recipe.schema import FillInTheMiddle, MuonSpec
 from glmctl.training.balance import max_vio
 from glmctl.training.optim import build_optimizer
 from glmctl.training.step import Stepper
@@ -96,3 +101,44 @@ def test_qk_norm_bounds_attention_logits_whatever_the_weights(tiny_config: Model
 
     assert largest(1000.0, True) <= d**0.5 * (1 + 1e-5)
     assert largest(1000.0, False) == pytest.approx(1e6 * largest(1.0, False), rel=1e-3)
+
+
+# ----------------------------------------------------------------------------- fill in the middle
+
+THINGS = [f"{a}{b}" for a in "abcdefgh" for b in "uvwxyz"]
+"""48 middles; what follows one names it, what precedes it does not"""
+
+
+def infilled(config: ModelConfig, tokenizer: Tokenizer, rate: float) -> float:
+    """Share of middles that a model, trained on texts with FIM at `rate`, fills in exactly from both sides."""
+    rng = random.Random(0)
+    spec = FillInTheMiddle(rate=rate, spm_rate=0.5)
+    texts = [f"take {thing} of {thing.upper()}" for thing in THINGS]
+
+    def tokens(parts: list[fim.Part]) -> list[int]:
+        ids: list[int] = []
+        for part in parts:
+            ids += [tokenizer.id(part.sentinel)] if part.sentinel else []
+            ids += tokenizer.encode_plain(part.text)
+        return [*ids, tokenizer.pad_id]
+
+    one = stepper(config)
+    for _ in range(STEPS_OF_FIM):
+        rows = [tokens(fim.rearrange(text, spec, rng)) for text in rng.sample(texts, 32)]
+        one.lm_step([pad_batch([(row, [1] * len(row)) for row in rows], pad_id=tokenizer.pad_id)], lr=0.01)
+    right = 0
+    for thing in THINGS:
+        gap = [fim.Part(fim.PREFIX, "take "), fim.Part(fim.SUFFIX, f" of {thing.upper()}"), fim.Part(fim.MIDDLE, "")]
+        prompt = tokens(gap)[:-1]
+        filled = tokenizer.decode(generate(one.model, prompt, 4, stop_ids=[tokenizer.pad_id]))
+        right += filled.removesuffix("<|endoftext|>") == thing
+    return right / len(THINGS)
+
+
+STEPS_OF_FIM = 250
+
+
+@pytest.mark.slow
+def test_infilling_is_learnt_with_fim_and_not_without(tiny_config: ModelConfig, tiny_tokenizer: Tokenizer) -> None:
+    assert infilled(tiny_config, tiny_tokenizer, 0.0) < 0.1
+    assert infilled(tiny_config, tiny_tokenizer, 0.7) > 0.8
