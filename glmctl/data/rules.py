@@ -44,7 +44,8 @@ def web_finding(text: str, words: Sequence[str], rules: WebRules) -> Finding | N
     symbols = (text.count("#") + text.count("...") + text.count("…")) / max(1, count)
     if symbols > rules.max_symbol_ratio:
         return Finding("too many symbols", f"{symbols:.2f} symbols a word, at most {rules.max_symbol_ratio:g} wanted")
-    alphabetic = sum(word.isalpha() or _ALPHABETIC.search(word) is not None for word in words) / max(1, count)
+    mixed = [word for word in words if not word.isalpha()]
+    alphabetic = (count - sum(_ALPHABETIC.search(word) is None for word in mixed)) / max(1, count)
     if count and alphabetic < rules.min_alphabetic_words:
         return Finding(
             "too few alphabetic words", f"{alphabetic:.2f} of words, at least {rules.min_alphabetic_words:g} wanted"

@@ -210,7 +210,7 @@ def _rising(value: float, low: float, high: float) -> float:
 
 def _density(text: str, words: Sequence[str], wanted: frozenset[str]) -> float:
     """Share of words that are wanted. Chinese ones come as single characters, so pairs of them are looked up too."""
-    found = sum(word in wanted for word in words)
+    found = sum(map(wanted.__contains__, words))
     if not text.isascii():
         found += sum(one + two in wanted for one, two in pairwise(words))
     return found / max(1, len(words))

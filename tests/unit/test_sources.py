@@ -188,3 +188,14 @@ def test_conversations_become_rendered_documents(tmp_path: Path) -> None:
     path.write_text(json.dumps(talk) + "\n" + json.dumps({"messages": []}) + "\n")
     with pytest.raises(DataError, match=r"1 of 2 rows.*not a conversation.*c\.jsonl:2"):
         texts(source)
+
+
+def test_what_is_installed_beside_glmctl_is_at_hand() -> None:
+    """`python:packages` in a root, in a path and in a pattern; another word behind `python:` names the nearest."""
+    tree = SourceTree(domain="code", root="python:packages/pydantic", max_bytes=100_000)
+    assert all(document.path.endswith(".py") for document in documents([tree], 0))
+    readme = TextSource(domain="docs", paths=["python:packages/pydantic-*.dist-info/METADATA"])
+    (document,) = documents([readme], 0)
+    assert "Name: pydantic" in document.text
+    with pytest.raises(RecipeError, match=r"python:package/pydantic.*did you mean 'packages'"):
+        list(documents([SourceTree(domain="code", root="python:package/pydantic")], 0))
