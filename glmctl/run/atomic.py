@@ -192,7 +192,9 @@ def machine_errors(path: Path, needed: int | None = None) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _MACHINE_ERRORS:
             raise
-        place = error.filename or path
+        # rmtree names an entry of a folder by its last part alone
+        named = error.filename if isinstance(error.filename, str) else None
+        place = path / named if named is not None and os.sep not in named else error.filename or path
         size = f" ({needed} bytes needed)" if needed is not None else ""
         raise EnvironmentProblem(f"{place}: {os.strerror(error.errno or 0)}{size}") from error
 

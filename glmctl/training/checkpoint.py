@@ -83,12 +83,13 @@ def write(folder: Path, taken: Snapshot, *, keep: int = 2, keep_every: int | Non
         for file, tensors in taken.files.items():
             write_tensors(temporary / file, tensors.items())
         (temporary / "state.json").write_text(taken.body, encoding="utf-8")
-    found = list_checkpoints(folder)
+    with atomic.machine_errors(folder):
+        found = list_checkpoints(folder)
     kept = set(sorted(n for n in found if n <= taken.step)[-keep:])
     kept |= {n for n in found if keep_every is not None and n <= taken.step and n % keep_every == 0}
-    with atomic.machine_errors(folder):
-        for number, path in found.items():
-            if number not in kept:
+    for number, path in found.items():
+        if number not in kept:
+            with atomic.machine_errors(path):
                 shutil.rmtree(path)
     return target
 
