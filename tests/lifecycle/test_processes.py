@@ -95,7 +95,7 @@ def poisoned(root: Path, kind: str, first: int, last: int) -> tuple[int, list[di
     return done.returncode, [json.loads(path.read_text()) for path in ranks]
 
 
-@pytest.mark.parametrize("kind", ["loss", "gradient", "huge"])
+@pytest.mark.parametrize("kind", ["gradient", "huge"])
 def test_a_bad_step_of_one_rank_changes_no_rank_and_training_goes_on(root: Path, kind: str) -> None:
     bad = 20
     code, ranks = poisoned(root, kind, bad, bad)
