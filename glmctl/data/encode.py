@@ -34,38 +34,50 @@ _TOKENS_AT_ONCE = 1 << 22
 def encode(folder: Path, scanned: Path, epochs: np.ndarray, recipe: DataRecipe, tokenizer_folder: str) -> None:
     """Tokens of a scanned unit's documents, each as often as `epochs` [documents] says.
 
-    Writes for each split `tokens-SPLIT.bin` (as in shards) and `lengths-SPLIT.bin` (int64), and the counts: bytes
-    encoded, tokens and documents by split and domain, and documents by split, domain and power of two of their length.
+    Writes for each split `tokens-SPLIT.bin` (as in shards), `lengths-SPLIT.bin` (int64) and `domains-SPLIT.bin` (places
+    in `domain_names`), and the counts: bytes encoded, tokens and documents by split and domain, and documents by split,
+    domain and power of two of their length.
     """
     tokenizer = _tokenizer(tokenizer_folder)
     template = ChatTemplate(tokenizer)
-    dtype = token_dtype(tokenizer.vocab_size)
+    places = {name: place for place, name in enumerate(domain_names(recipe))}
     size = 0
     tokens: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
     documents: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
     lengths: dict[str, dict[str, Counter[int]]] = {split: {} for split in SPLITS}
+    stored = {"tokens": token_dtype(tokenizer.vocab_size), "lengths": np.dtype("<i8"), "domains": np.dtype("<u2")}
     with ExitStack() as stack:
         streams = {
             (kind, split): stack.enter_context(open(folder / f"{kind}-{split}.bin", "wb"))
-            for kind in ("tokens", "lengths")
+            for kind in stored
             for split in SPLITS
         }
         for chunk in _chunks(_shown(scanned, epochs, recipe)):
+            held: dict[tuple[str, str], list[int]] = {key: [] for key in streams}
             for split, document, ids in _encoded(chunk, recipe, tokenizer, template):
-                np.array(ids, dtype).tofile(streams["tokens", split])
-                np.array([len(ids)], "<i8").tofile(streams["lengths", split])
+                held["tokens", split] += ids
+                held["lengths", split].append(len(ids))
+                held["domains", split].append(places[document.domain])
                 tokens[split][document.domain] += len(ids)
                 documents[split][document.domain] += 1
                 lengths[split].setdefault(document.domain, Counter())[len(ids).bit_length() - 1] += 1
                 size += len(document.text.encode("utf-8", "replace"))
+            for key, stream in streams.items():
+                np.array(held[key], stored[key[0]]).tofile(stream)
     counts = {"bytes": size, "tokens": tokens, "documents": documents, "lengths": lengths}
     (folder / COUNTS).write_text(json.dumps(counts), encoding="utf-8")
+
+
+def domain_names(recipe: DataRecipe) -> list[str]:
+    """The domains of a recipe, in the order of their numbers in the shards."""
+    return list(dict.fromkeys(source.domain for source in recipe.sources))
 
 
 def append(folder: Path, writers: dict[str, ShardWriter], vocab_size: int) -> dict[str, Any]:
     """Add an encoded unit to the shards; returns its counts."""
     for split, writer in writers.items():
         lengths = np.fromfile(folder / f"lengths-{split}.bin", "<i8")
+        domains = np.fromfile(folder / f"domains-{split}.bin", "<u2")
         if not len(lengths):
             continue
         stored = np.memmap(folder / f"tokens-{split}.bin", token_dtype(vocab_size), "r")
@@ -75,7 +87,7 @@ def append(folder: Path, writers: dict[str, ShardWriter], vocab_size: int) -> di
             # whole documents, about _TOKENS_AT_ONCE of tokens, at least one
             last = max(first + 1, int(np.searchsorted(ends, at + _TOKENS_AT_ONCE, side="right")))
             stop = int(ends[last - 1])
-            writer.add_many(np.asarray(stored[at:stop], np.int64), lengths[first:last])
+            writer.add_many(np.asarray(stored[at:stop], np.int64), lengths[first:last], domains[first:last])
             at, first = stop, last
     counts: dict[str, Any] = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
     return counts

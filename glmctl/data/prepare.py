@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from glmctl.run.directory import Run
 
 REPORT, PROVENANCE, DECISIONS, CLASSIFIERS = "report.json", "provenance.json", "decisions.npz", "classifiers"
-WORK_FORMAT = 1
+WORK_FORMAT = 2
 """raise it when results of earlier versions in a work folder can no longer be used"""
 _LIBRARIES = ("numpy", "rensa", "scikit-learn", "tokenizers", "pyarrow")
 
@@ -131,6 +131,7 @@ def _join(
             tokenizer_hash=tokenizer.hash,
             end_of_document=tokenizer.pad_id,
             shard_tokens=recipe.shard_tokens,
+            domains=encode.domain_names(recipe),
         )
         for split in SPLITS
     }

@@ -2,7 +2,8 @@
 
 A split folder holds `tokens-00000.bin`, `tokens-00001.bin`, ... (uint16 when the vocabulary fits, else uint32),
 `documents.npy` (int64 [documents + 1]: where each document starts, and the end) and `shards.json` (sizes, dtype,
-vocabulary, tokenizer hash). The folder above carries the manifest with checksums.
+vocabulary, tokenizer hash, names of domains). With domains, `domains.npy` (uint16 [documents]) tells each document's.
+The folder above carries the manifest with checksums.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from glmctl.errors import DataError, RecipeError
 
 INDEX = "shards.json"
 DOCUMENTS = "documents.npy"
+DOMAINS = "domains.npy"
 FORMAT = 1
 
 
@@ -31,34 +33,51 @@ class ShardWriter:
     """Writes one split; use as a context manager. A file ends when it has `shard_tokens`, also within a document."""
 
     def __init__(
-        self, folder: Path, *, vocab_size: int, tokenizer_hash: str, end_of_document: int, shard_tokens: int
+        self,
+        folder: Path,
+        *,
+        vocab_size: int,
+        tokenizer_hash: str,
+        end_of_document: int,
+        shard_tokens: int,
+        domains: Sequence[str] = (),
     ) -> None:
+        """`domains`: names, in the order of the numbers that documents are then added with."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._vocab_size = vocab_size
         self._hash = tokenizer_hash
         self._end = end_of_document
         self._shard_tokens = shard_tokens
+        self._domains = list(domains)
         self._dtype = token_dtype(vocab_size)
         self._files: list[dict[str, Any]] = []
         self._stream: BinaryIO | None = None
         self._bounds = [np.zeros(1, np.int64)]
+        self._of_domain: list[np.ndarray] = []
         self.total_tokens = 0
         self.documents = 0
         self.counts = np.zeros(vocab_size, np.int64)
         """how often each id was written"""
 
-    def add(self, tokens: Sequence[int]) -> None:
+    def add(self, tokens: Sequence[int], domain: int | None = None) -> None:
         """Append one document, `<|endoftext|>` included by the caller."""
-        self.add_many(np.asarray(tokens, np.int64), [len(tokens)])
+        self.add_many(np.asarray(tokens, np.int64), [len(tokens)], None if domain is None else np.array([domain]))
 
-    def add_many(self, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
+    def add_many(
+        self, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray, domains: np.ndarray | None = None
+    ) -> None:
         """Append documents of `lengths` tokens that stand one after the other in `tokens` [sum of lengths].
 
-        An id outside the vocabulary, or a document without its end token, is our bug.
+        `domains` [documents]: each one's number, when the writer has domains. An id outside the vocabulary, or a
+        document without its end token, is our bug.
         """
         sizes = np.asarray(lengths, np.int64)
         assert sizes.sum() == len(tokens), "the lengths add up to the tokens"
+        assert (domains is not None) == bool(self._domains), "documents have domains when the shards have"
+        if domains is not None:
+            assert len(domains) == len(sizes), "each document has one domain"
+            self._of_domain.append(domains.astype("<u2"))
         if not len(sizes):
             return
         assert sizes.min() > 0, "a document has at least its end token"
@@ -84,6 +103,8 @@ class ShardWriter:
         """Finish the last file and write the index."""
         self._roll()
         np.save(self._folder / DOCUMENTS, np.concatenate(self._bounds).astype("<i8"))
+        if self._domains:
+            np.save(self._folder / DOMAINS, np.concatenate([np.zeros(0, "<u2"), *self._of_domain]))
         index = {
             "format": FORMAT,
             "dtype": self._dtype.str,
@@ -94,6 +115,8 @@ class ShardWriter:
             "documents": self.documents,
             "files": self._files,
         }
+        if self._domains:
+            index["domains"] = self._domains
         (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def __enter__(self) -> ShardWriter:
@@ -129,6 +152,8 @@ class TokenShards:
         self.total_tokens: int = index["total_tokens"]
         self.document_starts: np.ndarray = bounds[:-1]
         """[documents] int64: where each document begins in the flat stream"""
+        self.domains: list[str] = index.get("domains", [])
+        """names; empty when the shards were written without"""
         self._files = files
         self._file_starts = np.array([file.start for file in files] or [0])
 
@@ -175,6 +200,14 @@ class TokenShards:
             start, count, place = start + len(part), count - len(part), place + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, np.uint32)
 
+    def of_domain(self, name: str) -> DomainTokens:
+        """The documents of one domain as a stream of their own. DataError when the list of domains is damaged."""
+        path = self.folder / DOMAINS
+        found = _load_array(path)
+        if found.shape != self.document_starts.shape or found.dtype != np.uint16:
+            raise DataError(f"{path}: expected the domains of {len(self.document_starts)} documents")
+        return DomainTokens(self, np.nonzero(found == self.domains.index(name))[0])
+
     def require_tokenizer(self, tokenizer_hash: str) -> None:
         """DataError unless these shards were made by the tokenizer of that hash."""
         if tokenizer_hash != self.tokenizer_hash:
@@ -182,6 +215,25 @@ class TokenShards:
                 f"{self.folder}: made with another tokenizer ({self.tokenizer_hash[:12]}, not {tokenizer_hash[:12]})",
                 hint="prepare the data again with this tokenizer",
             )
+
+
+class DomainTokens:
+    """Some documents of shards, as a flat stream in which they follow each other."""
+
+    def __init__(self, shards: TokenShards, documents: np.ndarray) -> None:
+        """`documents` [chosen] int64, rising."""
+        self._shards = shards
+        ends = np.append(shards.document_starts[1:], shards.total_tokens)
+        self._stored = shards.document_starts[documents]
+        bounds = np.concatenate([[0], np.cumsum(ends[documents] - self._stored)])
+        self.document_starts: np.ndarray = bounds[:-1]
+        self.total_tokens = int(bounds[-1])
+        self.pad_id = shards.pad_id
+
+    def tokens(self, start: int, count: int) -> np.ndarray:
+        """[count] ids from `start`, all inside one document."""
+        place = int(np.searchsorted(self.document_starts, start, side="right")) - 1
+        return self._shards.tokens(int(self._stored[place]) + start - int(self.document_starts[place]), count)
 
 
 def _read_index(path: Path) -> dict[str, Any]:
@@ -197,6 +249,8 @@ def _read_index(path: Path) -> dict[str, Any]:
         all(isinstance(index.get(name), int) and index[name] >= 0 for name in numbers)
         and index.get("dtype") in ("<u2", "<u4")
         and isinstance(index.get("tokenizer_hash"), str)
+        and isinstance(index.get("domains", []), list)
+        and all(isinstance(name, str) for name in index.get("domains", []))
         and isinstance(entries, list)
         and all(isinstance(e, dict) and isinstance(e.get("tokens"), int) and e["tokens"] > 0 for e in entries)
     )
@@ -208,13 +262,18 @@ def _read_index(path: Path) -> dict[str, Any]:
     return index
 
 
-def _read_bounds(path: Path, index: dict[str, Any]) -> np.ndarray:
+def _load_array(path: Path) -> np.ndarray:
     try:
-        bounds: np.ndarray = np.load(path, allow_pickle=False)
+        found: np.ndarray = np.load(path, allow_pickle=False)
     except FileNotFoundError as error:
         raise DataError(f"{path}: missing") from error
     except (ValueError, EOFError, OSError) as error:
         raise DataError(f"{path}: truncated or damaged: {error}") from error
+    return found
+
+
+def _read_bounds(path: Path, index: dict[str, Any]) -> np.ndarray:
+    bounds = _load_array(path)
     if bounds.dtype != np.int64 or bounds.shape != (index["documents"] + 1,):
         raise DataError(f"{path}: expected {index['documents'] + 1} document bounds")
     if bounds[0] != 0 or bounds[-1] != index["total_tokens"] or (np.diff(bounds) <= 0).any():

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from glmctl import console
-from glmctl.data.batches import Batch, PretrainBatches
+from glmctl.data.batches import Batch, PretrainBatches, TokenSource
 from glmctl.data.prepare import unigram_entropy
 from glmctl.data.shards import INDEX, TokenShards
 from glmctl.data.tokenizer import Tokenizer
@@ -96,6 +96,8 @@ def run(recipe: PretrainRecipe, run: Run) -> dict[str, Any]:
             row["mfu"] = row["tokens_per_second"] * stage.flops_per_token(model.config, step) / ceiling
             if step.ends_stage or step.number % recipe.validation.every_steps == 0:
                 row["validation_loss"] = stage.validation_loss(model, accelerator, recipe.batch.micro_tokens)
+            if step.ends_stage:
+                row |= stage.domain_losses(model, accelerator, recipe.batch.micro_tokens)
             session.log(step.number, len(plan), metrics, row)
             if step.ends_stage:
                 session.sample(step.number, prompts, tokenizer, stage=stage.name)
@@ -121,6 +123,8 @@ class StageData:
     export: bool
     batches: PretrainBatches
     validation: Batch
+    domains: dict[str, Batch]
+    """fixed validation rows of each domain, where there are several"""
     entropy: float
     """unigram entropy of the validation text under its own distribution, nats per token"""
 
@@ -148,10 +152,20 @@ class StageData:
 
     def validation_loss(self, model: GlmMoe, accelerator: Accelerator, micro_tokens: int | None) -> float:
         """Mean of -log p(next token) in nats over the fixed validation rows, main head only."""
-        start, stop = share(len(self.validation), accelerator)
+        return self._mean_loss(self.validation, model, accelerator, micro_tokens)
+
+    def domain_losses(self, model: GlmMoe, accelerator: Accelerator, micro_tokens: int | None) -> dict[str, float]:
+        """The same on each domain's text, as `validation_loss_DOMAIN`."""
+        return {
+            f"validation_loss_{name}": self._mean_loss(rows, model, accelerator, micro_tokens)
+            for name, rows in self.domains.items()
+        }
+
+    def _mean_loss(self, rows: Batch, model: GlmMoe, accelerator: Accelerator, micro_tokens: int | None) -> float:
+        start, stop = share(len(rows), accelerator)
         sums = torch.zeros(2, dtype=torch.float64)
         with accelerator.autocast():
-            for part in self.validation.rows(start, stop).split(self._micro_rows(micro_tokens, 0)):
+            for part in rows.rows(start, stop).split(self._micro_rows(micro_tokens, 0)):
                 sums += torch.tensor(main_loss(model, part.to(accelerator.device)), dtype=torch.float64)
         loss, count = sum_over_ranks(sums, accelerator).tolist()
         return float(loss / count)
@@ -187,6 +201,7 @@ def open_stages(recipe: PretrainRecipe, tokenizer: Tokenizer) -> list[StageData]
                 export=stage.export,
                 batches=batches,
                 validation=_validation_rows(validation, stage.sequence_length, recipe.validation.tokens),
+                domains=_domain_rows(validation, stage.sequence_length, recipe.validation.tokens),
                 entropy=_entropy(validation),
             )
         )
@@ -210,7 +225,16 @@ def model_config(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     return config.model_copy(update=changes)
 
 
-def _validation_rows(shards: TokenShards, length: int, tokens: int) -> Batch:
+def _domain_rows(shards: TokenShards, length: int, tokens: int) -> dict[str, Batch]:
+    """Each domain's share of about `tokens`; nothing where there is but one domain."""
+    if len(shards.domains) < 2:
+        return {}
+    streams = {name: shards.of_domain(name) for name in shards.domains}
+    found = {name: stream for name, stream in streams.items() if stream.total_tokens}
+    return {name: _validation_rows(stream, length, tokens // len(found)) for name, stream in found.items()}
+
+
+def _validation_rows(shards: TokenSource, length: int, tokens: int) -> Batch:
     """The first rows of a fixed order, no row twice."""
     batches = PretrainBatches(shards, length, "concat", seed=0)
     return batches.batch(0, min(max(1, tokens // length), batches.sequences_per_epoch))

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ def test_an_undisturbed_run_is_complete(results: dict[str, Any]) -> None:
     assert straight["summary"]["steps"] == len(straight["rows"]) >= 14
     assert straight["rows"][-1]["loss"] < straight["rows"][0]["loss"] - 1
     assert straight["left"] == []
+    assert len(straight["model"]) == 2, "the export and the model of the first stage's end"
+    by_domain = {row["step"] for row in straight["rows"] if "validation_loss_even" in row}
+    ends = [row["step"] for row, after in pairwise(straight["rows"]) if row["stage"] != after["stage"]]
+    assert by_domain == {*ends, len(straight["rows"])}
 
 
 SAME = ("rows", "samples", "model", "summary", "state", "checkpoints", "left")

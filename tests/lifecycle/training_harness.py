@@ -58,10 +58,11 @@ def prepare(root: Path) -> None:
             tokenizer_hash=tokenizer.hash,
             end_of_document=tokenizer.pad_id,
             shard_tokens=1000,
+            domains=("even", "odd"),
         ) as writer:
-            for _ in range(count):
+            for number in range(count):
                 text = " ".join(rng.choice(TEXTS) for _ in range(rng.randrange(1, 4)))
-                writer.add([*tokenizer.encode_plain(text), tokenizer.pad_id])
+                writer.add([*tokenizer.encode_plain(text), tokenizer.pad_id], domain=number % 2)
     with (root / "chats.jsonl").open("w") as stream:
         for a in range(40):
             answer = {"role": "assistant", "reasoning_content": f"{a}+1={a + 1}", "content": str(a + 1)}

@@ -73,3 +73,27 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_ids_outside_the_vocabulary_are_never_written(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
         write(tmp_path, [[500]])
+
+
+def test_a_domains_documents_are_a_stream_of_their_own(tmp_path: Path) -> None:
+    texts = [[5, 6, 0], [7, 0], [8, 9, 10, 0], [11, 0]]
+    with ShardWriter(
+        tmp_path,
+        vocab_size=20,
+        tokenizer_hash="h",
+        end_of_document=0,
+        shard_tokens=4,
+        domains=("code", "prose", "none"),
+    ) as writer:
+        for tokens, domain in zip(texts, (1, 0, 1, 0), strict=True):
+            writer.add(tokens, domain)
+    shards = TokenShards.open(tmp_path)
+    assert shards.domains == ["code", "prose", "none"]
+    prose = shards.of_domain("prose")
+    assert prose.total_tokens == 7
+    found = [prose.tokens(int(start), size).tolist() for start, size in zip(prose.document_starts, (3, 4), strict=True)]
+    assert found == [texts[0], texts[2]]
+    assert shards.of_domain("none").total_tokens == 0
+    (tmp_path / "domains.npy").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"domains\.npy"):
+        shards.of_domain("code")
