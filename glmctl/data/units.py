@@ -231,7 +231,7 @@ def _row_groups(path: Path) -> Iterator[tuple[Span, int]]:
 
 
 def _behind(source: Source) -> list[Path]:
-    if source.type in ("bundled", "huggingface", "retrieval"):
+    if source.type == "bundled" or source.type == "huggingface" or source.type == "retrieval":
         return []
     if source.type == "source_tree":
         root = tree_root(source.root)
