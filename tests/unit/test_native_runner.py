@@ -391,10 +391,13 @@ def other_instructions(
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 instruction sets")
 @pytest.mark.parametrize("other_instructions", ["x86-64", "haswell"], indirect=True)
-def test_narrower_vectors_compute_the_same_model(other_instructions: None) -> None:
-    for seed in range(8):
+def test_narrower_vectors_compute_the_same_model(other_instructions: None, tiny_config: ModelConfig) -> None:
+    for seed in range(6):
         test_any_configuration_computes_the_model(seed)
         test_logits_do_not_depend_on_the_batch_bit_by_bit(seed)
+    for weights in ("bf16", "int8", "fp8"):
+        test_a_packed_format_is_the_fp32_runner_over_rounded_weights(weights, 2)  # type: ignore[arg-type]
+    test_every_fp8_number_is_read_as_torch_reads_it(tiny_config)
 
 
 def test_auto_is_native_for_fp32_on_a_cpu_and_torch_otherwise(tiny_config: ModelConfig) -> None:
