@@ -114,7 +114,7 @@ static inline void tile(const Row<F> (&row)[R], const float* const* x, int cols,
 constexpr int PANEL = 16;  // rows that go through the tokens together
 constexpr int BLOCK = 64;  // tokens that go through a panel together
 
-// Memory that is needed next, asked for little by little while the processor computes: a panel that several tokens go
+// Memory that is needed next, asked for turn by turn while the processor computes: a panel that several tokens go
 // through is read in one go and then not again for a while, which leaves the memory idle.
 class Ahead {
  public:
@@ -171,7 +171,11 @@ static void few(const Matrix& m, const float* const* x, int n, float* out) {
 // m (at most PANEL rows) times n <= BLOCK tokens; out[token * PANEL + row]. `source` is m as it lies in memory.
 template <Format F>
 static void panel_of(const Matrix& m, const Matrix& source, const float* const* x, int n, float* out) {
-  if (n <= TOKENS) return few<F>(m, x, n, out);
+  if (n <= TOKENS) {
+    // several rows of narrow weights share a page: read side by side, they look like no sequence to the processor
+    if (F != FP32) Ahead(source.from(m.rows, 0).data, source.bytes(), 1).turn();
+    return few<F>(m, x, n, out);
+  }
   constexpr int T = TOKENS, R = W / T;
   // few enough rows at a time that they and T tokens stay in a 32 KiB cache
   const int height = std::max(m.cols <= 384 ? PANEL : m.cols <= 1024 ? 8 : 4, R);
