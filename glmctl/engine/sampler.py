@@ -134,7 +134,7 @@ def pick(logits_NV: Tensor, rows: Rows, edits: Sequence[Edit] = ()) -> Picked:
 
 def _scaled(logits_NV: Tensor, rows: Rows) -> Tensor:
     """Divided by the temperature; greedy rows as they are."""
-    if np.isin(rows.temperature, (0, 1)).all():
+    if ((rows.temperature == 0) | (rows.temperature == 1)).all():
         return logits_NV
     temperature = np.where(rows.temperature > 0, rows.temperature, np.float32(1))
     return logits_NV / torch.from_numpy(temperature).to(logits_NV.device)[:, None]
