@@ -13,6 +13,7 @@ from torch import Tensor
 from glmctl.engine.blocks import BlockManager
 from glmctl.engine.cache import BLOCK_SIZE, PagedCache
 from glmctl.engine.draft_control import DraftControl, Timed
+from glmctl.engine.draft_vocabulary import DraftVocabulary
 from glmctl.engine.request import Completion, Event, Request, TokenBytes, check_prompt
 from glmctl.engine.runners import MakeRunner, automatic
 from glmctl.engine.sampler import Picked, Rows
@@ -115,6 +116,7 @@ class Engine:
             prefill_tokens=prefill_tokens,
             lookahead=speculative,
         )
+        self._vocabulary = DraftVocabulary(model.config.vocab_size)
         self._drafter: Drafter | None = None
         if speculative:
             tail_BD = torch.zeros(blocks, model.config.hidden_size, dtype=model.dtype, device=model.device)
@@ -249,7 +251,10 @@ class Engine:
             self.stats.drafted += self._drafter.follow(pieces, out.hidden_ND)
         for event in events:
             if event.finish_reason is not None:
-                self._scheduler.remove(self._inside.pop(event.id))
+                ended = self._inside.pop(event.id)
+                self._scheduler.remove(ended)
+                if self._drafter is not None and self._vocabulary.see(ended.tokens):
+                    self._drafter.limit(self._vocabulary.chosen())
         self.stats.steps += 1
         self.stats.tokens += len(events)
         self.stats.reused_tokens = self._scheduler.reused

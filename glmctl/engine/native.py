@@ -40,13 +40,17 @@ class NativeRunner:
 
     def step(self, batch: StepBatch) -> StepOutput:
         """See `Runner.step`."""
-        return self._step(batch, None)
+        return self._step(batch, None, self.model.config.vocab_size)
 
     def draft(self, batch: StepBatch) -> StepOutput:
         """See `Runner.draft`."""
         assert self.model.mtp is not None
         assert batch.hidden_ND is not None
-        return self._step(batch, batch.hidden_ND.to(torch.float32).contiguous())
+        return self._step(batch, batch.hidden_ND.to(torch.float32).contiguous(), self._weights.drafted)
+
+    def limit_drafts(self, tokens_S: Tensor | None) -> None:
+        """See `Runner.limit_drafts`."""
+        self._weights.limit_drafts(tokens_S)
 
     def refresh_weights(self) -> None:
         """See `Runner.refresh_weights`. Weights in place cost nothing; packed ones are packed again."""
@@ -57,7 +61,7 @@ class NativeRunner:
         """Memory that weights take beyond the model's own."""
         return self._weights.nbytes
 
-    def _step(self, batch: StepBatch, hidden_ND: Tensor | None) -> StepOutput:
+    def _step(self, batch: StepBatch, hidden_ND: Tensor | None, vocabulary: int) -> StepOutput:
         c = self.model.config
         self._weights.follow_rope()
         N, R = len(batch.token_N), len(batch.logit_rows_R)
@@ -66,7 +70,7 @@ class NativeRunner:
         assert hidden_ND is None or hidden_ND.shape == (N, c.hidden_size)
         table_SM = batch.block_table_SM.contiguous()
         assert table_SM.dtype == torch.int32
-        logits_RV = torch.empty(R, c.vocab_size, dtype=torch.float32)
+        logits_RV = torch.empty(R, vocabulary, dtype=torch.float32)
         out_ND = torch.empty(N, c.hidden_size, dtype=torch.float32)
         outside = self._library.glm_step(
             self._weights.handle,

@@ -31,10 +31,10 @@ _SLOTS = (
     "input_norm", "q", "k", "v", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "o", "post_norm", "gate", "up",
     "down", "router", "router_bias", "experts_gate_up", "experts_down", "enorm", "hnorm", "eh",
 )  # fmt: skip
-_WHOLE = ("embedding", "head", "final_norm", "mtp_norm", "inverse_frequencies")
+_WHOLE = ("embedding", "head", "final_norm", "mtp_norm", "inverse_frequencies", "draft_head")
 _UNPACKED = {"embedding", "router"}
 """read by row or decisive for the choice of experts: kept as stored"""
-_FP8_UNPACKED = _UNPACKED | {"head", "eh"}
+_FP8_UNPACKED = _UNPACKED | {"head", "draft_head", "eh"}
 """FP8 checkpoints keep these too (spec section 1.6)"""
 
 
@@ -48,6 +48,7 @@ class NativeWeights:
         self._library = library()
         self._kept: dict[tuple[int, str], tuple[Tensor, ...]] = {}
         self._arena = _Arena()
+        self._drafted_S: Tensor | None = None
         c = model.config
         sizes = (
             c.num_hidden_layers, c.first_k_dense_replace, c.hidden_size, c.vocab_size, c.num_attention_heads,
@@ -86,6 +87,26 @@ class NativeWeights:
             self._vector(index, "hnorm", model.mtp.hnorm.weight)
             self._matrix(index, "eh", model.mtp.eh_proj.weight)
             self._vector(-1, "mtp_norm", model.mtp.norm.weight)
+            self._draft_head()
+
+    def limit_drafts(self, tokens_S: Tensor | None) -> None:
+        """The MTP layer's logits are of these tokens' rows of the head from now on; None: of all."""
+        self._drafted_S = tokens_S
+        self._draft_head()
+
+    @property
+    def drafted(self) -> int:
+        """How many logits a draft has."""
+        return self.model.config.vocab_size if self._drafted_S is None else len(self._drafted_S)
+
+    def _draft_head(self) -> None:
+        """A copy of the rows that few drafts read; without, the step takes the head."""
+        # room of another size would be packed into, were it kept
+        self._kept.pop((-1, "draft_head"), None)
+        if self._drafted_S is None:
+            self._library.glm_set(self.handle, -1, _WHOLE.index("draft_head"), None, None, 0, 0, _FP32)
+        else:
+            self._matrix(-1, "draft_head", self.model.head_weight.detach()[self._drafted_S])
 
     def follow_rope(self) -> None:
         """Take RoPE's base again when it was changed (`GlmMoe.set_rope_theta`)."""

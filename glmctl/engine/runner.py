@@ -92,6 +92,10 @@ class Runner(Protocol):
         """
         ...
 
+    def limit_drafts(self, tokens_S: Tensor | None) -> None:
+        """Draft among these tokens (int64 ids on the CPU, ascending): `draft` gives their logits, [R, S]. None: all."""
+        ...
+
     def refresh_weights(self) -> None:
         """The model's parameters were changed in place: take them again."""
         ...

@@ -53,6 +53,12 @@ class Drafter:
         assert 1 <= drafts <= MAX_DRAFTS
         self.drafts = drafts
         self._runner, self._table_SM, self._tail_BD, self._block_size = runner, table_SM, tail_BD, block_size
+        self._tokens_S: Tensor | None = None
+
+    def limit(self, tokens_S: Tensor | None) -> None:
+        """Draft among these tokens (`engine.draft_vocabulary`); None: among all."""
+        self._tokens_S = tokens_S
+        self._runner.limit_drafts(tokens_S)
 
     def remember(self, batch: StepBatch, hidden_ND: Tensor) -> None:
         """Keep the hidden states of rows that end a block. A rejected draft's is written again by the true token."""
@@ -122,9 +128,10 @@ class Drafter:
             sources_ND[tails] = self._tail_BD[-index_N[tails]]
         return sources_ND
 
-    @staticmethod
-    def _append(sequences: Seq[Sequence], logits_RV: Tensor) -> int:
-        for sequence, token in zip(sequences, logits_RV.argmax(-1).tolist(), strict=True):
+    def _append(self, sequences: Seq[Sequence], logits_RV: Tensor) -> int:
+        best_R = logits_RV.argmax(-1).cpu()
+        drafts_R = best_R if self._tokens_S is None else self._tokens_S[best_R]
+        for sequence, token in zip(sequences, drafts_R.tolist(), strict=True):
             sequence.drafts.append(token)
         return len(sequences)
 

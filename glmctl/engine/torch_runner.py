@@ -40,6 +40,8 @@ class TorchRunner:
     def __init__(self, model: GlmMoe, cache: PagedCache) -> None:
         self.model, self.cache = model, cache
         self._scratch = Scratch()
+        self._drafted_S: Tensor | None = None
+        self._draft_head_SD: Tensor | None = None
 
     def step(self, batch: StepBatch) -> StepOutput:
         """See `Runner.step`."""
@@ -48,7 +50,7 @@ class TorchRunner:
         hidden_1ND = self.model(
             batch.token_N[None].to(device), positions_BT=batch.position_N[None].to(device), sight=sight
         )
-        return self._output(hidden_1ND, batch)
+        return self._output(hidden_1ND, batch, self.model.head_weight)
 
     def draft(self, batch: StepBatch) -> StepOutput:
         """See `Runner.draft`."""
@@ -62,16 +64,24 @@ class TorchRunner:
             positions_BT=batch.position_N[None].to(device),
             sight=sight,
         )
-        return self._output(hidden_1ND, batch)
+        head = self.model.head_weight if self._draft_head_SD is None else self._draft_head_SD
+        return self._output(hidden_1ND, batch, head)
+
+    def limit_drafts(self, tokens_S: Tensor | None) -> None:
+        """See `Runner.limit_drafts`."""
+        self._drafted_S = None if tokens_S is None else tokens_S.to(self.model.device)
+        self.refresh_weights()
 
     def refresh_weights(self) -> None:
-        """Nothing to do: the model's parameters are used where they are."""
+        """Parameters are used where they are; only the rows of the head that few drafts read are a copy."""
+        ids = self._drafted_S
+        self._draft_head_SD = None if ids is None else self.model.head_weight.detach()[ids]
 
-    def _output(self, hidden_1ND: Tensor, batch: StepBatch) -> StepOutput:
+    def _output(self, hidden_1ND: Tensor, batch: StepBatch, head_VD: Tensor) -> StepOutput:
         hidden_ND = hidden_1ND[0]
         wanted = batch.logit_rows_R
         rows_RD = hidden_ND if len(wanted) == len(hidden_ND) else hidden_ND[wanted.to(hidden_ND.device)]
-        return StepOutput(self.model.logits(rows_RD), hidden_ND)
+        return StepOutput(torch.nn.functional.linear(rows_RD, head_VD).float(), hidden_ND)
 
 
 class Scratch:

@@ -8,12 +8,18 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from glmctl.engine import draft_vocabulary
 from glmctl.engine.draft_control import Timed
+from glmctl.engine.draft_vocabulary import DraftVocabulary
 from glmctl.engine.engine import Engine
 from glmctl.engine.request import Request, SamplingParams
+from glmctl.engine.runners import runner_named
+from glmctl.engine.speculative import Drafter
 from glmctl.model.config import ModelConfig
 from glmctl.model.network import GlmMoe
+from glmctl.recipe.use import RunnerName
 
 
 def agreeing(config: ModelConfig) -> GlmMoe:
@@ -129,3 +135,54 @@ def test_switching_drafts_on_and_off_changes_no_token(
     assert scripted.seen > 0
     assert engine.stats.accepted > 0
     assert engine.kv_blocks[0] == 0
+
+
+def test_a_draft_vocabulary_covers_what_was_seen_and_follows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draft_vocabulary, "EVERY", 1000)
+    vocabulary = DraftVocabulary(4096)
+    assert not vocabulary.see([7] * 500)
+    assert vocabulary.see([*range(100, 200), *([9] * 400)])
+    chosen = vocabulary.chosen()
+    assert chosen is not None
+    assert chosen.tolist() == sorted(set(chosen.tolist()))
+    assert len(chosen) == 128
+    assert {7, 9} <= set(chosen.tolist())
+    assert not vocabulary.see([3000] * 999), "a choice begins anew"
+    for _ in range(8):
+        vocabulary.see([3000] * 1000)
+        chosen = vocabulary.chosen()
+    assert chosen is not None
+    assert 3000 in chosen.tolist()
+    vocabulary.see(list(range(4096)) * 20)
+    assert vocabulary.chosen() is None, "nothing is gained where half of the vocabulary is in use"
+
+
+@pytest.mark.parametrize("runner", ["auto", "torch"])
+def test_drafting_among_few_tokens_changes_no_token(
+    tiny_config: ModelConfig, monkeypatch: pytest.MonkeyPatch, runner: RunnerName
+) -> None:
+    monkeypatch.setattr(draft_vocabulary, "EVERY", 300)
+    model = agreeing(tiny_config)
+    requests = [
+        Request(str(n), [n % 7, 3], SamplingParams(max_tokens=20, temperature=n % 2, top_k=2, seed=n))
+        for n in range(60)
+    ]
+    plain = Engine(model, max_length=32, max_slots=6, runner=runner_named(runner)).generate(requests)
+    limits: list[int] = []
+    original = Drafter.limit
+
+    def limit(self: Drafter, tokens: Tensor | None) -> None:
+        original(self, tokens)
+        limits.append(512 if tokens is None else len(tokens))
+
+    monkeypatch.setattr(Drafter, "limit", limit)
+    engine = Engine(model, max_length=32, max_slots=6, speculative=2, runner=runner_named(runner))
+    drafted = engine.generate(requests[:30])
+    engine.load_weights(1)
+    drafted += engine.generate(requests[30:])
+    assert [each.tokens for each in drafted] == [each.tokens for each in plain]
+    assert min(limits) < 256
+    accepted = engine.stats.accepted
+    again = engine.generate(requests)
+    assert [each.tokens for each in again] == [each.tokens for each in plain]
+    assert engine.stats.accepted > accepted, "right drafts are found among the few"

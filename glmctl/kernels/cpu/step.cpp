@@ -74,7 +74,7 @@ class Model {
       angles(n);
     });
     for (int l = 0; l < c.layers; l++) layer(t, l, l >= c.dense_layers);
-    finish(t, whole(FINAL_NORM));
+    finish(t, whole(FINAL_NORM), whole_[HEAD]);
   }
 
   // The MTP layer: eh_proj [enorm(embedding), hnorm(hidden)], a MoE layer, its own norm, the model's head.
@@ -91,7 +91,7 @@ class Model {
       add_job(own.slot[EH], {}, nullptr, normed_.data(), 2 * c.hidden, nullptr, b.rows, x_.data(), c.hidden);
     });
     layer(t, c.layers, true);
-    finish(t, whole(MTP_NORM));
+    finish(t, whole(MTP_NORM), whole_[whole_[DRAFT_HEAD].data ? DRAFT_HEAD : HEAD]);
   }
 
   void embed(int n, float* out) const {
@@ -260,7 +260,7 @@ class Model {
   }
 
   // hidden states after the norm, of all rows, and logits of those wanted
-  void finish(int t, const float* norm) {
+  void finish(int t, const float* norm, const Matrix& head) {
     auto normalise = [&](int n) {
       rms_norm(x_.data() + n * c.hidden, norm, b.hidden_out + n * c.hidden, c.hidden, c.eps);
     };
@@ -268,7 +268,7 @@ class Model {
       if (!b.wanted) return;
       int* rows = wanted_.fit(b.wanted);
       for (int r = 0; r < b.wanted; r++) rows[r] = static_cast<int>(b.wanted_rows[r]);
-      add_job(whole_[HEAD], {}, nullptr, b.hidden_out, c.hidden, rows, b.wanted, b.logits, c.vocab);
+      add_job(head, {}, nullptr, b.hidden_out, c.hidden, rows, b.wanted, b.logits, head.rows);
     });
   }
 
@@ -418,8 +418,10 @@ void glm_set(glm::Model* model, int layer, int slot, const void* data, const flo
 }
 
 // token, position, sequence [rows] and wanted_rows [wanted] int64; table [sequences, max_blocks] int32; keys, values:
-// one pointer a layer to fp32 [blocks, kv heads, head dim, block size] and [blocks, kv heads, block size, head dim]. logits [wanted, vocab], hidden_out [rows, hidden].
-// With hidden_in [rows, hidden] it is the MTP layer's step, whose place 0 is never written and never read. Returns 0, or 1 + the first row that points outside.
+// one pointer a layer to fp32 [blocks, kv heads, head dim, block size] and [blocks, kv heads, block size, head dim].
+// logits [wanted, vocab], hidden_out [rows, hidden]. With hidden_in [rows, hidden] it is the MTP layer's step, whose
+// place 0 is never written and never read, and logits are of the draft head's rows where there is one. Returns 0, or
+// 1 + the first row that points outside.
 int glm_step(glm::Model* model, int rows, const int64_t* token, const int64_t* position, const int64_t* sequence,
              const int32_t* table, int sequences, int max_blocks, int blocks, int block_size, float* const* keys,
              float* const* values, int wanted, const int64_t* wanted_rows, const float* hidden_in, float* logits,
