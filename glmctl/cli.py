@@ -25,7 +25,6 @@ TABLE = {
     "study": "Run stages under several settings and seeds, and compare what comes out.",
     "data": "Prepare text: train a tokenizer, make token shards, generate verifiable problems.",
     "pretrain": "Pretrain (and mid-train) a model from token shards.",
-    "ablate": "Compare variants of a pretraining at equal tokens, over several seeds.",
     "sft": "Fine-tune a model on conversations.",
     "reward": "Train a reward model on pairs of answers.",
     "rl": "Train a model by reinforcement learning on verifiable rewards.",

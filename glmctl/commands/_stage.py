@@ -26,7 +26,6 @@ DRIVERS = {
     "reasoning": "glmctl.data.reasoning:run",
     "agentic": "glmctl.distill.agentic.collect:run",
     "pretrain": "glmctl.training.pretrain:run",
-    "ablation": "glmctl.training.ablation:run",
     "sft": "glmctl.training.sft:run",
     "reward": "glmctl.training.reward:run",
     "rl": "glmctl.rl.grpo:run",

@@ -9,7 +9,6 @@ from typing import Any
 from glmctl.model.config import ModelConfig
 from glmctl.model.cost import vectors
 from glmctl.recipe.schema import (
-    AblationRecipe,
     BatchRamp,
     DistillRecipe,
     EvalRecipe,
@@ -61,8 +60,6 @@ def derived(recipe: RecipeBase) -> dict[str, Any]:
         return {"problems": recipe.train + recipe.heldout, "demonstrations": recipe.cold_start}
     if isinstance(recipe, EvalRecipe):
         return {"evaluations": len(recipe.models) * (len(recipe.tasks) + len(recipe.problems))}
-    if isinstance(recipe, AblationRecipe):
-        return {"variants": len(recipe.variants), "trials": recipe.trials}
     if isinstance(recipe, PipelineRecipe):
         return {"stages": len(recipe.stages)}
     return {}

@@ -40,7 +40,6 @@ CLASSES: dict[str, type[RecipeBase]] = {
         schema.ReasoningRecipe,
         schema.AgenticRecipe,
         schema.PretrainRecipe,
-        schema.AblationRecipe,
         schema.SftRecipe,
         schema.RewardRecipe,
         schema.RlRecipe,

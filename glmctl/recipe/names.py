@@ -19,7 +19,6 @@ COMMANDS = {
     "reasoning": "data reason",
     "agentic": "data agentic",
     "pretrain": "pretrain",
-    "ablation": "ablate",
     "sft": "sft",
     "reward": "reward",
     "rl": "rl",

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from glmctl.errors import nearest
-from glmctl.recipe.ablation import AblationRecipe, Variant
 from glmctl.recipe.agentic import AgenticRecipe
 from glmctl.recipe.data import (
     ArithmeticTask,
@@ -76,7 +75,6 @@ from glmctl.recipe.tasks import AlgebraTask, CodeCallsTask, CodeTask, CustomTask
 from glmctl.recipe.use import ConvertRecipe, ServeRecipe, Upcycling
 
 __all__ = [
-    "AblationRecipe",
     "AdamWSpec",
     "AfterSteps",
     "AgenticRecipe",
@@ -154,7 +152,6 @@ __all__ = [
     "TrainStage",
     "Upcycling",
     "Validation",
-    "Variant",
 ]
 
 
@@ -240,7 +237,6 @@ Recipe = Annotated[
     | ReasoningRecipe
     | AgenticRecipe
     | PretrainRecipe
-    | AblationRecipe
     | SftRecipe
     | RewardRecipe
     | RlRecipe

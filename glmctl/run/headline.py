@@ -16,7 +16,6 @@ HEADLINES: dict[str, tuple[str, ...]] = {
     "agentic": ("kept", "trajectories", "tasks", "tools", "turns", "calls"),
     "pretrain": ("validation_loss", "unigram_entropy", "validation_loss_below_unigram", "tokens_per_second", "max_vio"),
     "reward": ("heldout_accuracy", "accuracy", "loss", "steps"),
-    "ablation": ("*_minus_*", "*"),
     "sft": ("loss", "validation_loss", "steps"),
     "rl": ("heldout_start", "heldout_end", "heldout_gain_points", "well_formed_start", "well_formed"),
     "distill": ("*_expert", "*_hybrid", "*_ratio", "direct_obeyed", "thinking_obeyed"),
