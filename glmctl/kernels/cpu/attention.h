@@ -1,8 +1,8 @@
 // Rotary embedding and paged attention of one layer, for rows at any positions of their sequences.
 //
 // Of each block and key-value head the cache holds the keys as [head dim, places] and the values as [places, head dim]:
-// scores are made with places as lanes and their mean of the values with dimensions as lanes, so that nothing is ever
-// summed across a vector but the weights' total.
+// scores are made with places as lanes and means of the values with dimensions as lanes, so that nothing is ever summed
+// across a vector but the total of the weights.
 #pragma once
 
 #include "model.h"
@@ -157,7 +157,8 @@ template <int Q, int V>
 static void value_columns(const Values& v, const float* p, int queries, int column, int part, int from, int to,
                           float* const* out) {
   int q = 0;
-  for (; q + Q <= queries; q += Q) value_tile<Q, V>(v, column, part, p + static_cast<long>(q) * SPAN, from, to, out + q);
+  for (; q + Q <= queries; q += Q)
+    value_tile<Q, V>(v, column, part, p + static_cast<long>(q) * SPAN, from, to, out + q);
   if constexpr (Q > 1)
     value_columns<Q / 2, V>(v, p + static_cast<long>(q) * SPAN, queries - q, column, part, from, to, out + q);
 }

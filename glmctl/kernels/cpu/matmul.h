@@ -119,7 +119,9 @@ constexpr int BLOCK = 64;  // tokens that go through a panel together
 class Ahead {
  public:
   Ahead(const void* next, long bytes, int turns)
-      : at_(static_cast<const char*>(next)), end_(at_ + bytes), step_((bytes / LINE + turns - 1) / std::max(turns, 1)) {}
+      : at_(static_cast<const char*>(next)),
+        end_(at_ + bytes),
+        step_((bytes / LINE + turns - 1) / std::max(turns, 1)) {}
   void turn() {
     for (long i = 0; i < step_ && at_ < end_; i++, at_ += LINE) __builtin_prefetch(at_, 0, 2);
   }
@@ -141,7 +143,8 @@ static inline void strip(const Matrix& m, int first, const float* const* x, floa
   for (int t = 0; t < T; t++) std::memcpy(out[t], result + t * R, sizeof(float) * R);
 }
 
-// All rows of m (at most PANEL) times n <= T tokens; out[token * PANEL + row]. The last token stands in for missing ones.
+// All rows of m (at most PANEL) times n <= T tokens; out[token * PANEL + row]. The last token stands in for those that
+// are missing.
 template <Format F, int T>
 static void pass(const Matrix& m, const float* const* x, int n, float* out) {
   constexpr int R = W / T;

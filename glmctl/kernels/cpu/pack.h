@@ -102,7 +102,8 @@ static bool pack_block(const float* block, long rows, long cols, long from, long
 }
 
 // Rows [0, rows) of one row of blocks; scales [rows, groups of columns].
-static void pack_blocks(const float* wide, long rows, int cols, long width, const float* given, uint8_t* q, float* scale) {
+static void pack_blocks(const float* wide, long rows, int cols, long width, const float* given, uint8_t* q,
+                        float* scale) {
   const long groups = (cols + FP8_GROUP - 1) / FP8_GROUP;
   for (long from = 0; from < cols; from += width) {
     const long to = std::min<long>(from + width, cols);

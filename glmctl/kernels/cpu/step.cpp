@@ -10,6 +10,7 @@
 #include "attention.h"
 #include "model.h"
 #include "pack.h"
+#include "router.h"
 
 namespace glm {
 
@@ -129,7 +130,8 @@ class Model {
       add(V, V_BIAS, q + kv);
     });
     auto heads = [&](int n) {
-      prepare_heads(c, own, b, n, qkv_.data() + n * qkv_width(), cos_sin_.data() + n * c.rotary, b.keys[l], b.values[l]);
+      prepare_heads(c, own, b, n, qkv_.data() + n * qkv_width(), cos_sin_.data() + n * c.rotary, b.keys[l],
+                    b.values[l]);
     };
     rows_then(t, heads, [this] { return static_cast<long>(runs_.size() * c.kv_heads); }, [&](int unit) {
       const Run& run = runs_[unit / c.kv_heads];
@@ -175,7 +177,11 @@ class Model {
       chosen_.fit(b.rows * c.top_k);
       chosen_weight_.fit(b.rows * c.top_k);
     });
-    multiply(t, [&](int n) { choose(n, own.vector(ROUTER_BIAS)); }, [&] {
+    auto choose = [&](int n) {
+      choose_experts(c, own.vector(ROUTER_BIAS), scores_.data() + n * c.experts, chosen_.data() + n * c.top_k,
+                     chosen_weight_.data() + n * c.top_k);
+    };
+    multiply(t, choose, [&] {
       sort_by_expert();
       routed_.fit(b.rows * c.top_k * c.expert_width);
       for (const Group& g : groups_)
@@ -185,59 +191,6 @@ class Model {
                 routed_.data() + g.first * c.expert_width, c.expert_width);
     });
     accumulate(t, c.shared_width, own.slot[DOWN], inner_.data(), own.slot[EXPERTS_DOWN]);
-  }
-
-  // Experts of row n and their weights, best first (spec section 1.3); a tie goes to the lower index.
-  void choose(int n, const float* bias) {
-    thread_local std::vector<float> choice, group_score;
-    choice.resize(c.experts);
-    float* score = scores_.data() + n * c.experts;
-    for (int e = 0; e < c.experts; e++) {
-      score[e] = 1.f / (1.f + std::exp(-score[e]));
-      choice[e] = score[e] + bias[e];
-    }
-    const float out = -INFINITY;
-    if (c.groups_kept < c.groups) {
-      int size = c.experts / c.groups;
-      group_score.assign(c.groups, 0.f);
-      for (int g = 0; g < c.groups; g++) {
-        float first = out, second = out;
-        for (int e = g * size; e < (g + 1) * size; e++) {
-          if (choice[e] > first) {
-            second = first;
-            first = choice[e];
-          } else if (choice[e] > second) {
-            second = choice[e];
-          }
-        }
-        group_score[g] = size > 1 ? first + second : first;
-      }
-      for (int dropped = c.groups_kept; dropped < c.groups; dropped++) {
-        int worst = -1;
-        for (int g = 0; g < c.groups; g++)
-          if (!std::isinf(group_score[g]) && (worst < 0 || group_score[g] <= group_score[worst])) worst = g;
-        if (worst < 0) break;
-        group_score[worst] = INFINITY;  // never the worst again
-        std::fill_n(choice.begin() + worst * size, size, out);
-      }
-    }
-    int64_t* chosen = chosen_.data() + n * c.top_k;
-    float* weight = chosen_weight_.data() + n * c.top_k;
-    float total = 0.f;
-    for (int k = 0; k < c.top_k; k++) {
-      int best = -1;
-      for (int e = 0; e < c.experts; e++) {
-        bool taken = std::find(chosen, chosen + k, e) != chosen + k;
-        if (!taken && (best < 0 || choice[e] > choice[best])) best = e;
-      }
-      chosen[k] = best;
-      weight[k] = score[best];
-      total += score[best];
-    }
-    for (int k = 0; k < c.top_k; k++) {
-      if (c.normalize) weight[k] /= total + 1e-20f;
-      weight[k] *= static_cast<float>(c.scale);
-    }
   }
 
   // Rows gathered by expert: each expert's weights are read once, for all of its rows.
