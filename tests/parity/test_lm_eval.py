@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
+from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
@@ -113,3 +115,67 @@ def test_the_chat_template_is_rendered_as_transformers_does(both: tuple[GlmctlLM
     ]
     assert both[0].apply_chat_template(history) == both[1].apply_chat_template(history)
     assert TaskManager(include_defaults=False).all_tasks == []
+
+
+GENERATION = """
+task: spelled
+dataset_path: json
+dataset_kwargs: {data_files: {train: ROWS, test: ROWS}}
+output_type: generate_until
+training_split: train
+test_split: test
+fewshot_split: train
+doc_to_text: "Q: {{question}}\\nA:"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["Q:"], max_gen_toks: 12}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+CHOICE = """
+task: chosen
+dataset_path: json
+dataset_kwargs: {data_files: {train: ROWS, test: ROWS}}
+output_type: multiple_choice
+training_split: train
+test_split: test
+fewshot_split: train
+doc_to_text: "Q: {{question}}\\nA:"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{choices.index(answer)}}"
+"""
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_settings_mean_what_lm_eval_s_own_run_means_by_them(
+    both: tuple[GlmctlLM, HFLM], inputs: TaskInputs, tmp_path: Path, chat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tasks of a folder, with examples, chat template, system instruction and generation settings: `simple_evaluate`
+    of the `hf` model builds the very same prompts and reports the same figures.
+    """
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"question": f"{n}+{n}", "answer": str(2 * n), "choices": [str(n), str(2 * n)]} for n in range(2, 9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, text in (("a", GENERATION), ("b", CHOICE)):
+        (tmp_path / f"{name}.yaml").write_text(text.replace("ROWS", str(tmp_path / "rows.jsonl")))
+    shared = {"num_fewshot": 2, "system_instruction": "Add.", "gen_kwargs": {"max_gen_toks": 9}, "limit": 4}
+    ours = run_tasks(
+        both[0],
+        ["spelled", "chosen"],
+        inputs,
+        Settings(**shared, include_path=str(tmp_path), apply_chat_template=chat, bootstrap_iters=100),
+    )
+    theirs = simple_evaluate(
+        model=both[1],
+        tasks=["spelled", "chosen"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        apply_chat_template=chat,
+        bootstrap_iters=100,
+        **shared,
+    )
+    assert make_table(ours) == make_table(theirs)
+    for task in ("spelled", "chosen"):
+        for mine, other in zip(ours["samples"][task], theirs["samples"][task], strict=True):
+            assert mine["arguments"] == other["arguments"], "the same prompts and settings"
+            assert mine["doc_hash"] == other["doc_hash"]
+        assert ours["n-shot"][task] == theirs["n-shot"][task] == 2
+    assert "Add." in ours["samples"]["spelled"][0]["arguments"][0][0]
