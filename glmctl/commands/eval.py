@@ -83,6 +83,9 @@ def eval_(
             "--confirm_run_unsafe_code", "--confirm-run-unsafe-code", help="Let lm-eval's tasks run code unboxed."
         ),
     ] = False,
+    no_sandbox: Annotated[
+        bool, typer.Option("--unsafe-no-sandbox", help="Run what the model writes without isolation, in our tasks too.")
+    ] = False,
     log_samples: Annotated[
         bool, typer.Option("--log_samples", "--log-samples", "-s", help="Always on: every sample is kept.")
     ] = False,
@@ -144,7 +147,8 @@ def eval_(
         "samples_per_problem": ("--samples", samples),
         **read.seeds(seed),
     }
-    overrides = read.sampling(temperature, samples) + (overrides or [])
+    unboxed = ["sandbox.level=unsafe-none"] if no_sandbox else []
+    overrides = read.sampling(temperature, samples) + unboxed + (overrides or [])
     if names.looks_like_recipe(target):
         words = read.as_overrides(given) + overrides
         stage.run_stage("eval", target, words, output_path, fresh=fresh, dry_run=dry_run)

@@ -37,8 +37,9 @@ from glmctl.recipe.schema import EvalRecipe
 from glmctl.rl.environment import Problem, read_problems
 from glmctl.rl.episode import Trajectory
 from glmctl.rl.journal import sample_row
+from glmctl.rl.sandbox import boxes
 from glmctl.rl.sandbox.execute import sandbox
-from glmctl.rl.tasks import environment
+from glmctl.rl.tasks import RUNS_CODE, environment
 from glmctl.run import atomic
 from glmctl.run.directory import Run, resolve_model
 from glmctl.run.fingerprint import digest
@@ -55,6 +56,8 @@ def run(recipe: EvalRecipe, run: Run) -> dict[str, Any]:
     """Score every model and return the summary. Raises RecipeError for a task, model or file that does not exist."""
     problems = {name: _problems(path, recipe.limit) for name, path in recipe.problems.items()}
     _check(recipe)
+    if _runs_code(recipe, problems):
+        boxes.require(recipe.sandbox)
     folders = {name: resolve_model(path) for name, path in recipe.models.items()}
     run.samples.unlink(missing_ok=True)
     samples = MetricsLog(run.samples)
@@ -104,6 +107,14 @@ def _check(recipe: EvalRecipe) -> None:
     for path in [*recipe.perplexity_texts, *recipe.needle.texts]:
         if not Path(path).is_file():
             raise RecipeError(f"{path}: no such file")
+
+
+def _runs_code(recipe: EvalRecipe, problems: Mapping[str, Sequence[Problem]]) -> bool:
+    """Whether anything that is asked is judged by running what the model wrote."""
+    tasks = {member for name in recipe.tasks for member in OWN_GROUPS.get(name, (name,))}
+    kinds = {OWN_TASKS[task].problems for task in tasks if task in OWN_TASKS}
+    kinds |= {problem.task for found in problems.values() for problem in found}
+    return bool(RUNS_CODE & kinds)
 
 
 def _problems(path: str, limit: int | float | None) -> list[Problem]:

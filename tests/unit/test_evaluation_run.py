@@ -15,7 +15,7 @@ from lm_eval.utils import make_table
 from glmctl import console
 from glmctl.data.chat import ChatTemplate
 from glmctl.data.tokenizer import Tokenizer
-from glmctl.errors import RecipeError
+from glmctl.errors import EnvironmentProblem, RecipeError
 from glmctl.evaluation.compare import compare
 from glmctl.evaluation.harness import Settings, run_tasks
 from glmctl.evaluation.lm import GlmctlLM
@@ -158,7 +158,7 @@ def lines(path: Path) -> list[Any]:
 def test_what_cannot_be_evaluated_is_said_before_a_model_is_loaded(
     folders: dict[str, str], tmp_path: Path, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("glmctl.evaluation.run.load_model", lambda folder: pytest.fail("loaded"))
+    monkeypatch.setattr("glmctl.evaluation.run.load_model", lambda folder, **options: pytest.fail("loaded"))
     given: dict[str, Any] = {
         "name": "wrong",
         "models": {"a": folders["small"]},
@@ -167,6 +167,17 @@ def test_what_cannot_be_evaluated_is_said_before_a_model_is_loaded(
     }
     recipe = EvalRecipe.model_validate({**given, **change})
     with Run.open(recipe, tmp_path / "run") as opened, pytest.raises(RecipeError, match=message):
+        run(recipe, opened)
+
+
+@pytest.mark.parametrize("tasks", [["glmctl_code"], ["glmctl_verified"]])
+def test_code_without_a_sandbox_is_refused_before_a_model_is_loaded(
+    folders: dict[str, str], tmp_path: Path, tasks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glmctl.evaluation.run.load_model", lambda folder, **options: pytest.fail("loaded"))
+    monkeypatch.setattr("glmctl.rl.sandbox.boxes.missing", lambda level: ("bubblewrap",))
+    recipe = EvalRecipe(name="code", models={"a": folders["small"]}, tasks=tasks)
+    with Run.open(recipe, tmp_path / "run") as opened, pytest.raises(EnvironmentProblem, match="it lacks bubblewrap"):
         run(recipe, opened)
 
 
