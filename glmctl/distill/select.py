@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from glmctl.rl.episode import Trajectory
 
@@ -27,6 +28,25 @@ def select(samples: Sequence[Trajectory], *, hard_fraction: float, responses_per
             unique = [one for one in group if distinct[tuple(one.tokens)] is one]
             chosen += unique[:responses_per_prompt]
     return chosen
+
+
+def preferences(kept: Sequence[Trajectory], samples: Sequence[Trajectory]) -> list[dict[str, Any]]:
+    """Pairs for a reward model: of each prompt the first sample that was kept and the first well-formed one refused.
+
+    Rows as `glmctl reward` reads them. Prompts whose samples all passed, or all failed, give none.
+    """
+    good = {one.problem_id: one for one in reversed(kept)}
+    bad: dict[str, Trajectory] = {}
+    passed = {id(one) for one in kept}
+    for one in samples:
+        answered = one.well_formed and bool(one.messages) and bool(one.messages[-1].get("content"))
+        if id(one) not in passed and answered and one.messages[-1]["role"] == "assistant":
+            bad.setdefault(one.problem_id, one)
+    return [
+        {"chosen": good[name].messages, "rejected": worse.messages, **({"tools": worse.tools} if worse.tools else {})}
+        for name, worse in bad.items()
+        if name in good and good[name].messages != worse.messages
+    ]
 
 
 def mean_length(samples: Sequence[Trajectory]) -> float:

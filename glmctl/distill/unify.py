@@ -25,7 +25,7 @@ from glmctl.distill.experts import EnginePlayer, Player, open_expert, template_o
 from glmctl.distill.filters import Judge, filter_samples, reward_scorer
 from glmctl.distill.mixture import epochs, mix, repeat
 from glmctl.distill.sample import SampleJournal, choose_prompts, collect
-from glmctl.distill.select import select
+from glmctl.distill.select import preferences, select
 from glmctl.errors import DataError, RecipeError
 from glmctl.model.folder import load_model
 from glmctl.parallel.accelerate import make_accelerator
@@ -52,7 +52,7 @@ class Lesson:
 
 def run(recipe: DistillRecipe, run: Run) -> dict[str, Any]:
     """Train the hybrid and export it. `mixture.jsonl` is the data it saw, `rejections-<teacher>.json` what it was
-    spared, `comparison.json` how it compares.
+    spared, `preferences-<teacher>.jsonl` both as pairs for a reward model, `comparison.json` how it compares.
 
     Summary, for each teacher: `<name>_base`, `<name>_expert` and `<name>_hybrid` (held-out accuracy, thinking),
     `<name>_gain_points` (expert over base), `<name>_ratio` (hybrid of expert), `<name>_direct` (accuracy of /nothink
@@ -127,6 +127,9 @@ def teach(
         judge = replace(judge, scorer=reward_scorer(teacher.reward, device), min_score=teacher.reward.min_score)
     kept, rejections = filter_samples(samples, judge)
     atomic.write_json(folder / f"rejections-{teacher.name}.json", rejections.to_row())
+    if pairs := preferences(kept, samples):
+        lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
+        atomic.write_text(folder / f"preferences-{teacher.name}.jsonl", lines)
     if not kept:
         raise DataError(
             f"teacher {teacher.name}: none of {len(samples)} samples passed the filters: {rejections.counts}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from glmctl.data.chat import ChatTemplate
 from glmctl.data.tokenizer import Tokenizer
 from glmctl.distill.mixture import direct, epochs, mix, repeat, thinking
-from glmctl.distill.select import select
+from glmctl.distill.select import preferences, select
 from glmctl.rl.environment import StopReason
 from glmctl.rl.episode import Trajectory
 
@@ -102,3 +104,15 @@ def test_a_part_is_repeated_as_evenly_as_it_can_be(times: float) -> None:
     assert shown == repeat(rows, times, seed=1)
     if times == 1.0:
         assert shown == rows
+
+
+def test_pairs_are_a_kept_and_a_refused_answer_of_one_prompt() -> None:
+    def one(prompt: str, number: int, **changes: Any) -> Trajectory:
+        said = [{"role": "user", "content": prompt}, {"role": "assistant", "content": f"{prompt}{number}"}]
+        return Trajectory(prompt, "t", 0, number, **{"messages": said, "well_formed": True, **changes})
+
+    samples = [one("a", 0), one("a", 1), one("a", 2), one("b", 0), one("c", 0), one("c", 1, well_formed=False)]
+    kept = [samples[1], samples[3], samples[4]]
+    assert [(row["chosen"][-1]["content"], row["rejected"][-1]["content"]) for row in preferences(kept, samples)] == [
+        ("a1", "a0")
+    ]
