@@ -169,10 +169,13 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=sorted(SHAPES), default=["tiny", "small"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", type=int, help="rows a step, instead of the reference 8 (tiny) and 4 (small)")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--no-muon", action="store_true")
     parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.rows is not None:
+        SHAPES.update({name: (given.rows, length) for name, (_, length) in SHAPES.items()})
     if given.memory_of:
         step = make(given.model[0], given.memory_of)
         for _ in range(3):
