@@ -1,8 +1,8 @@
 """A pretraining of several ranks in which one of them meets a NaN, an infinity or a huge loss. Not a test.
 
-    torchrun --nproc-per-node 2 poisoned_rank.py ROOT RUN KIND FIRST LAST
+    torchrun --nproc-per-node 2 poisoned_rank.py ROOT RUN KIND:STEP ...
 
-From step FIRST to step LAST the last rank's loss (KIND `loss`, `huge`) or one of its gradients (`gradient`) is spoilt.
+In each STEP the last rank's loss (KIND `loss`, `huge`) or its gradient (`gradient`) is spoilt.
 Every rank writes ROOT/RUN-rankN.json: for each step whether it was skipped, and a digest of all weights, biases and
 optimizer states before and after it.
 """
@@ -38,13 +38,14 @@ def digest(stepper: Stepper) -> str:
     return found.hexdigest()
 
 
-def poison(kind: str, spoilt: Callable[[], bool]) -> None:
-    """Spoil this rank's losses or gradients while `spoilt()`."""
+def poison(kind_now: Callable[[], str | None]) -> None:
+    """Spoil this rank's losses or gradients as `kind_now()` says."""
     forward = LossModule.forward
 
     def losses(self: LossModule, *args: Any, **kwargs: Any) -> Losses:
         found = forward(self, *args, **kwargs)
-        if not spoilt():
+        kind = kind_now()
+        if kind is None:
             return found
         if kind == "gradient":
             # the loss stays finite: only the gradient that the other rank is sent is not
@@ -84,14 +85,14 @@ def watch(rows: list[dict[str, Any]], counter: list[int]) -> None:
     Stepper.lm_step = lm_step  # type: ignore[method-assign]
 
 
-def main(root: Path, run: str, kind: str, first: int, last: int) -> int:
+def main(root: Path, run: str, spoilt: dict[int, str]) -> int:
     console.configure(quiet=True)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     rows: list[dict[str, Any]] = []
     counter = [0]
     watch(rows, counter)
     if rank == world - 1:
-        poison(kind, lambda: first <= counter[0] <= last)
+        poison(lambda: spoilt.get(counter[0]))
     code = 0
     try:
         execute(harness.pretrain_recipe(root, more=96 * 12), root / run)
@@ -102,4 +103,5 @@ def main(root: Path, run: str, kind: str, first: int, last: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])))
+    steps = {int(step): kind for kind, _, step in (word.partition(":") for word in sys.argv[3:])}
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2], steps))
