@@ -175,6 +175,7 @@ def test_training_on_recorded_rollouts_is_the_run_that_made_them(place, tmp_path
         train(recipe_of(place, mode="train_only", recorded=str(tmp_path / "made")), tmp_path / "more")
 
 
+@pytest.mark.slow
 def test_rollouts_alone_change_no_weight_and_can_be_trained_on(place, tmp_path) -> None:
     train(recipe_of(place, mode="rollout_only", steps=3), tmp_path / "only")
     assert weights(tmp_path / "only") == sha256_file(place / "model/model.safetensors")
@@ -200,6 +201,7 @@ def test_fp8_rollouts_are_a_little_off_and_the_gap_is_bounded(place, tmp_path) -
         train(recipe_of(place, rollouts={"precision": "fp8-block", "fp8_gap_limit": 1e-6}), tmp_path / "tight")
 
 
+@pytest.mark.slow
 def test_drafts_change_nothing_that_is_checked(place, tmp_path) -> None:
     """Speculation in the rollouts: fresh tokens still have ratio 1."""
     train(recipe_of(place, steps=2, rollouts={"speculative": 1}), tmp_path / "drafted")

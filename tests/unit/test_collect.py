@@ -266,7 +266,7 @@ def test_a_failing_judge_in_a_carried_group_is_masked(template, monkeypatch) -> 
     assert failed[0].detail == "RuntimeError: down"
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=7, max_size=7),
     staleness=st.integers(1, 3),

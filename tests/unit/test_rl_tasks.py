@@ -93,7 +93,7 @@ def test_code_is_judged_by_hidden_cases() -> None:
 
 def test_a_slip_is_wrong_in_every_problem() -> None:
     """A hasty demonstration of code earns nothing: some hidden case sees its slip, and sees none in the other."""
-    for problem in generate(CodeTask(max_value=250), 600, random.Random(3)):
+    for problem in generate(CodeTask(max_value=250), 200, random.Random(3)):
         for hasty in (False, True):
             text = demonstrate_code(problem, hasty=hasty)
             scope: dict = {}
