@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,17 @@ from glmctl.data.chat import ChatTemplate
 from glmctl.data.tokenizer import Tokenizer
 from glmctl.engine.engine import Engine
 from glmctl.errors import DataError, EnvironmentProblem
+from glmctl.evaluation import episodes
 from glmctl.evaluation import lm as lm_module
+from glmctl.evaluation.episodes import score_episodes
 from glmctl.evaluation.lm import GlmctlLM
 from glmctl.evaluation.responses import Responses, fingerprint
 from glmctl.model.config import ModelConfig
 from glmctl.model.network import GlmMoe
+from glmctl.recipe.schema import ArithmeticTask, EvalRecipe, Sampling
+from glmctl.rl.environment import Problem
+from glmctl.rl.score import Score
+from glmctl.rl.tasks import arithmetic
 from glmctl.run import atomic
 
 
@@ -125,3 +132,37 @@ def test_an_interrupted_evaluation_goes_on_with_what_is_missing(
         assert computed == [4]
         assert getattr(GlmctlLM(model, **small, responses=kept), kind)(requests()[kind]) == straight
     assert sum(computed) == 4
+
+
+def test_episodes_that_ended_are_not_played_again(
+    tiny_config: ModelConfig, tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of them known: the rest is played, and the score is that of a straight run."""
+    model, template = GlmMoe(tiny_config, seed=1).eval(), ChatTemplate(tiny_tokenizer)
+    problems = arithmetic.generate(ArithmeticTask(max_value=9), 4, random.Random(0))
+    sampling = Sampling(temperature=1.0, max_tokens=6)
+    recipe = EvalRecipe(name="e", models={"m": "m"}, sampling=sampling, samples_per_problem=2)
+    played: list[int] = []
+    play = episodes.play
+
+    def counted(engine: Engine, template: ChatTemplate, asked: Any, **options: Any) -> None:
+        played.append(len(asked))
+        play(engine, template, asked, **options)
+
+    monkeypatch.setattr(episodes, "play", counted)
+
+    def score(some: list[Problem], kept: Responses) -> Score:
+        moved: list[tuple[str, int, int]] = []
+        found = score_episodes(Engine(model), template, some, recipe, kept, lambda *progress: moved.append(progress))
+        assert moved[-1:] in ([], [("episodes", 2 * len(some), 2 * len(some))])
+        return found
+
+    with Responses(tmp_path / "straight.jsonl", "m") as kept:
+        straight = score(problems, kept)
+    with Responses(tmp_path / "r.jsonl", "m") as kept:
+        score(problems[1:3], kept)
+        assert score(problems, kept) == straight
+        assert score(problems, kept) == straight
+    assert played == [8, 4, 4, 0]
+    rows = (tmp_path / "r.jsonl").read_text().splitlines()
+    assert len(rows) == 8
