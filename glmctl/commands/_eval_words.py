@@ -107,11 +107,6 @@ def as_overrides(options: dict[str, tuple[str, Any]]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, (_, value) in options.items() if value is not None]
 
 
-def score(value: float | None) -> str:
-    """A score of the report, nothing where it gives none."""
-    return "" if value is None else f"{value:.1f}"
-
-
 def _split(text: str) -> list[str]:
     """At commas that are outside brackets and quotes."""
     parts, depth, quote = [""], 0, ""

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from glmctl import console
+from glmctl.commands import _eval_results as results
 from glmctl.commands import _eval_words as read
 from glmctl.commands import _stage as stage
 from glmctl.errors import GlmctlError
@@ -118,13 +118,13 @@ def eval_(
 ) -> None:
     """Evaluate a model: `glmctl eval runs/demo/distill -t glmctl_cloze -L 100`."""
     if list_:
-        _list()
+        results.list_tasks()
         return
     if judge is not None or judge_model is not None:
-        _judge(compare, judge, judge_model, read.names(tasks), output_path)
+        results.judge(compare, judge, judge_model, read.names(tasks), output_path)
         return
     if compare is not None:
-        _compare(*compare)
+        results.compare(*compare)
         return
     target = target or read.pretrained(model_args)
     if target is None:
@@ -148,8 +148,9 @@ def eval_(
         **read.seeds(seed),
     }
     unboxed = ["sandbox.level=unsafe-none"] if no_sandbox else []
-    overrides = read.sampling(temperature, samples) + unboxed + (overrides or [])
-    if names.looks_like_recipe(target):
+    is_recipe = names.looks_like_recipe(target)
+    overrides = read.sampling(temperature, None if is_recipe else samples) + unboxed + (overrides or [])
+    if is_recipe:
         words = read.as_overrides(given) + overrides
         stage.run_stage("eval", target, words, output_path, fresh=fresh, dry_run=dry_run)
         return
@@ -177,62 +178,3 @@ def _evaluate_folder(
     models = {run_name("", target).lstrip("-"): target}
     recipe = build("eval", {**given, "name": ("name", name), "models": ("MODEL", models)}, overrides)
     stage.drive(recipe, output_path or stage.default_path(name), fresh=fresh, dry_run=dry_run)
-
-
-def _list() -> None:
-    from glmctl.evaluation.catalog import OWN_GROUPS, OWN_TASKS
-    from glmctl.evaluation.suites import SUITES
-
-    tasks = [[name, one.metric, one.about] for name, one in OWN_TASKS.items()]
-    console.table("offline tasks", ["task", "metric", "what"], tasks)
-    groups = [[name, ", ".join(members)] for name, members in OWN_GROUPS.items()]
-    console.table("groups of them", ["group", "tasks"], groups)
-    parts = [
-        [suite, one.name, one.task or "", read.score(one.glm_4_5), read.score(one.air), one.needs]
-        for suite, found in SUITES.items()
-        for one in found
-    ]
-    console.table(
-        "the report's suites (arXiv 2508.06471)",
-        ["suite", "benchmark", "lm-eval", "GLM-4.5", "Air", "needs"],
-        parts,
-    )
-    keys = ("suite", "name", "task", "glm_4_5", "air", "needs")
-    body = {
-        "tasks": [dict(zip(("task", "metric", "about"), row, strict=True)) for row in tasks],
-        "groups": {name: list(members) for name, members in OWN_GROUPS.items()},
-        "suites": [dict(zip(keys, row, strict=True)) for row in parts],
-    }
-    console.result(body, text="")
-
-
-def _compare(first: Path, second: Path) -> None:
-    from dataclasses import asdict
-
-    from glmctl.evaluation.compare import compare, show
-    from glmctl.evaluation.statistics import holm
-
-    results = compare(first, second)
-    show(first, second, results)
-    adjusted = holm([one.p_value for one in results.values()])
-    rows = {
-        task: {**asdict(one), "difference": one.difference, "p_value_holm": among_all}
-        for (task, one), among_all in zip(results.items(), adjusted, strict=True)
-    }
-    console.result({"first": str(first), "second": str(second), "tasks": rows}, text="")
-
-
-def _judge(
-    compare: tuple[Path, Path] | None, url: str | None, model: str | None, tasks: list[str] | None, out: Path | None
-) -> None:
-    if compare is None or url is None or model is None:
-        raise GlmctlError("a judgement needs --compare A B, --judge URL and --judge_model NAME")
-    from glmctl.evaluation.judge import Judge
-    from glmctl.evaluation.pairwise import judge_folders, show
-
-    first, second = compare
-    folder = out or stage.default_path(f"judge-{first.name}-{second.name}")
-    found = judge_folders(first, second, Judge(url, model), folder, tasks)
-    show(first, second, found)
-    body = {task: one.to_row() for task, one in found.items()}
-    console.result({"first": str(first), "second": str(second), "run": str(folder), "tasks": body}, text="")
