@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 # one thread a worker: `make test` runs one worker a core, and two busy OpenMP processes on two cores collapse
@@ -11,10 +12,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from glmctl import console
 from glmctl.data.tokenizer import Tokenizer
 from glmctl.model.config import ModelConfig
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(autouse=True)
+def _speaks_as_by_default() -> Iterator[None]:
+    """How the console speaks is the process's: what one test asks of it must not reach the next."""
+    yield
+    console.configure()
 
 
 @pytest.fixture(scope="session")

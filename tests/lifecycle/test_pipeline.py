@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +88,11 @@ class House:
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
+def house(tmp_path: Path) -> House:
     text = tmp_path / "text.jsonl"
     text.write_text("one\n")
     console.configure(quiet=True)
-    yield House(tmp_path / "root", text)
-    console.configure()
+    return House(tmp_path / "root", text)
 
 
 def test_a_second_call_does_nothing_and_says_the_same(house: House) -> None:
