@@ -46,11 +46,13 @@ soak: export GLMCTL_SOAK_FAULTS_EVERY = 1
 soak: export GLMCTL_SOAK_DAMAGES = 500
 soak: export GLMCTL_SOAK_EXAMPLES = 2000
 soak: export GLMCTL_SOAK_DEATHS = 20
+soak: export GLMCTL_SOAK_LEAVERS = 500
 soak: export GLMCTL_SOAK_RL_KILLS = 50
 soak: export GLMCTL_SOAK_BOXES = 1000
 soak: $(VENV)/.dev
 	$(BIN)/pytest --timeout=14400 -m 'slow or not slow' \
-		tests/faults/test_checkpoint.py tests/faults/test_durability.py tests/faults/test_serving_soak.py tests/faults/test_serving_death.py tests/lifecycle/test_resume.py \
+		tests/faults/test_checkpoint.py tests/faults/test_durability.py tests/lifecycle/test_resume.py \
+		tests/faults/test_serving_soak.py tests/faults/test_serving_death.py tests/faults/test_serving_load.py \
 		tests/lifecycle/test_rl_kill.py tests/faults/test_sandbox.py \
 		tests/lifecycle/test_schemathesis.py
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from glmctl.model.network import GlmMoe
 from glmctl.serving.server import Server
 from glmctl.serving.service import Service
 from glmctl.serving.worker import EngineWorker
+
+LEAVERS = int(os.environ.get("GLMCTL_SOAK_LEAVERS", "9"))
 
 
 class GatedEngine(Engine):
@@ -137,26 +140,31 @@ def test_all_choices_of_a_request_get_in_or_none(model: GlmMoe, tiny_tokenizer: 
         assert len(json.loads(two.getresponse().read())["choices"]) == 2
 
 
+def leave(server: Server, index: int, *, stream: bool) -> None:
+    """Ask, and go away: queued, prefilled, or after some chunks, depending on the index."""
+    connection = begin(server, prompt="abc" * (1 + index), stream=stream)
+    if stream and index % 3:
+        response = connection.getresponse()
+        for _ in range(2 * index if index < 3 else 1):
+            response.readline()
+        response.close()
+    connection.close()
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_disconnects_free_the_rows_at_every_point(model: GlmMoe, tiny_tokenizer: Tokenizer, stream: bool) -> None:
+    """Drafts are on, so that some leave between a draft and its verification. Row S2 in full: `make soak`."""
     with serving(model, tiny_tokenizer, slots=3, queue=20) as (server, engine):
         alone = streamed_text(begin(server, prompt="xyz", max_tokens=90).getresponse())
-        survivor = begin(server, prompt="xyz", max_tokens=90)
-        beside = survivor.getresponse()
-        connections = [begin(server, prompt="abc" * (1 + index), stream=stream) for index in range(9)]
-        for index, connection in enumerate(connections):
-            # queued, prefilled, or after some chunks, depending on the index
-            if stream and index % 3:
-                response = connection.getresponse()
-                for _ in range(2 * index if index < 3 else 1):
-                    response.readline()
-                response.close()
-            connection.close()
-        assert streamed_text(beside) == alone
-        wait_until_idle(server)
-        assert engine.active == engine.waiting == 0
-        assert engine.kv_blocks[0] == 0
-        assert metric(server, "glmctl_generations_aborted_total") == 9
+        for _ in range(LEAVERS // 9):
+            beside = begin(server, prompt="xyz", max_tokens=90).getresponse()
+            for index in range(9):
+                leave(server, index, stream=stream)
+            assert streamed_text(beside) == alone
+            wait_until_idle(server)
+            assert engine.active == engine.waiting == engine.kv_blocks[0] == 0
+        assert metric(server, "glmctl_generations_aborted_total") == LEAVERS // 9 * 9
+        assert engine.stats.drafted > 0
 
 
 def test_a_client_that_leaves_before_the_engine_steps_is_never_prefilled(
