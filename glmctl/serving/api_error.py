@@ -44,6 +44,8 @@ class ApiError(Exception):
         headers = dict(extra or {})
         if self.status in (429, 503):
             headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+        if self.status == 408:
+            headers["Connection"] = "close"  # the rest of the body may come at any time, and is no request
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         body = self.anthropic_body() if path.startswith(ANTHROPIC_PREFIX) else self.body()

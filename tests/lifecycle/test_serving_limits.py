@@ -23,6 +23,7 @@ from glmctl.errors import RecipeError
 from glmctl.model.config import ModelConfig
 from glmctl.model.folder import save_model
 from glmctl.model.network import GlmMoe
+from glmctl.serving import body as reader
 from glmctl.serving import connection, openapi
 from glmctl.serving.app import create_app
 from glmctl.serving.guard import ADMIN_PREFIX, PAGE_PATHS
@@ -93,6 +94,15 @@ def test_a_trickle_does_not_keep_the_connection(server: Server, monkeypatch: pyt
             except (BrokenPipeError, ConnectionResetError):
                 return
     raise AssertionError("the connection was kept for a minute")
+
+
+def test_an_unfinished_body_is_told_and_ends_the_connection(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "BODY_SECONDS", 0.2)
+    headers = f"Host: localhost\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 9\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as client:
+        client.sendall(f"POST /v1/completions HTTP/1.1\r\n{headers}\r\n{{".encode())
+        with client.makefile("rb") as answer:
+            assert answer.read().startswith(b"HTTP/1.1 408")  # to the end of the connection
 
 
 def test_a_second_request_on_a_connection_has_its_own_clock(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
