@@ -15,6 +15,7 @@ from glmctl.recipe.lora import LoraSpec
 from glmctl.training.lora import add_lora, save_adapter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [("attention",), ("attention", "experts")])
 def test_peft_computes_the_logits_of_our_adapter(
     targets: tuple, tiny_config: ModelConfig, tiny_tokenizer: Tokenizer, tmp_path: Path

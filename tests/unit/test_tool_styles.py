@@ -125,6 +125,7 @@ def test_a_folder_carries_its_style(tiny_tokenizer: Tokenizer, tmp_path: Path) -
     assert loaded.encode_training(talk({"source": CODE})).loss_mask, "the marks are known again"
 
 
+@pytest.mark.slow
 def test_transformers_renders_every_style_as_we_do(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
