@@ -11,6 +11,9 @@ from glmctl.commands import _stage as stage
 
 app = typer.Typer(**stage.PLAIN)
 
+TINY = 1e-6
+"""smallest figure of a device: any that is not zero"""
+
 
 @app.command()
 def plan(
@@ -33,15 +36,24 @@ def plan(
     every: Annotated[bool, typer.Option("--all", help="List every layout that fits.")] = False,
     weights: Annotated[str | None, typer.Option("--weights", help="serve: fp32, bf16, fp8 or int8.")] = None,
     context: Annotated[int | None, typer.Option("--context", min=2, help="serve: tokens of a request.")] = None,
-    memory: Annotated[float | None, typer.Option("--memory", metavar="GB", help="Of a device, if not as sold.")] = None,
-    tflops: Annotated[float | None, typer.Option("--tflops", help="Peak of a device, if not as sold.")] = None,
-    bandwidth: Annotated[
-        float | None, typer.Option("--bandwidth", metavar="GB/S", help="Of a device's memory, if not as sold.")
+    memory: Annotated[
+        float | None, typer.Option("--memory", metavar="GB", min=TINY, help="Of a device, if not as sold.")
     ] = None,
-    link: Annotated[float | None, typer.Option("--link", metavar="GB/S", help="Between devices of a node.")] = None,
-    network: Annotated[float | None, typer.Option("--network", metavar="GB/S", help="Between nodes, a device.")] = None,
+    tflops: Annotated[
+        float | None, typer.Option("--tflops", min=TINY, help="Peak of a device, if not as sold.")
+    ] = None,
+    bandwidth: Annotated[
+        float | None,
+        typer.Option("--bandwidth", metavar="GB/S", min=TINY, help="Of a device's memory, if not as sold."),
+    ] = None,
+    link: Annotated[
+        float | None, typer.Option("--link", metavar="GB/S", min=TINY, help="Between devices of a node.")
+    ] = None,
+    network: Annotated[
+        float | None, typer.Option("--network", metavar="GB/S", min=TINY, help="Between nodes, a device.")
+    ] = None,
     runtime: Annotated[
-        float | None, typer.Option("--runtime", metavar="GB", help="Memory gone before the first tensor.")
+        float | None, typer.Option("--runtime", metavar="GB", min=0.0, help="Memory gone before the first tensor.")
     ] = None,
     overrides: stage.SetOption = None,
 ) -> None:

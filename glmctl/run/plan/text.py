@@ -8,6 +8,10 @@ from typing import Any
 from glmctl import console
 
 
+_UNTIMED = {"rl": "the time of rollouts", "distill": "the sampling of the teachers"}
+"""type of recipe -> what the times leave out"""
+
+
 def lines(plan: dict[str, Any]) -> Iterator[str]:
     """The plan, line by line."""
     device = plan["device"]
@@ -25,6 +29,8 @@ def lines(plan: dict[str, Any]) -> Iterator[str]:
     )
     model = plan["model"]
     yield f"  model: {_count(model['parameters'])} parameters, {_count(model['parameters_active'])} active a token"
+    if plan["type"] in _UNTIMED:
+        yield f"  not in it: {_UNTIMED[plan['type']]}"
     yield from _serving(plan) if "arrangements" in plan else _training(plan)
 
 
