@@ -4,8 +4,10 @@
 
 For every case a run of the real command is started, and the high-water mark of each process's resident memory is read
 from /proc until it ends. What interpreter and libraries take is measured by the same command on a model of nearly
-nothing and passed to the plan as `runtime`; the share of the peak that remains for the plan to predict is shown, and
-the error of that share alone. Prints a table and, with --json, one object.
+nothing and passed to the plan as `runtime` (recomputation imports torch.utils.checkpoint, so it has its own); the error
+of what remains for the plan to predict is shown too. With --returning, glibc is told to give freed blocks back
+(MALLOC_MMAP_THRESHOLD_), which shows what the tensors alone take: by default it keeps blocks below 32 MB, and where
+small and large ones alternate, much of what it keeps is holes. Prints a table and, with --json, one object.
 """
 
 from __future__ import annotations
@@ -28,17 +30,18 @@ import yaml
 from glmctl.data.shards import ShardWriter
 from glmctl.data.tokenizer import Tokenizer
 from glmctl.recipe.load import load
+from glmctl.run.plan.memory import Moment
 from glmctl.run.plan.training import plan_process
 
 GLM: dict[str, Any] = {
     "vocab_size": 8192,
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "moe_intermediate_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "moe_intermediate_size": 96,
     "num_hidden_layers": 6,
-    "num_attention_heads": 8,
+    "num_attention_heads": 6,
     "num_key_value_heads": 2,
-    "head_dim": 64,
+    "head_dim": 32,
     "n_routed_experts": 16,
     "num_experts_per_tok": 4,
     "max_position_embeddings": 4096,
@@ -60,39 +63,40 @@ BARE = {"attention_bias": False, "use_qk_norm": False, "partial_rotary_factor": 
 MLA = {
     **BARE,
     "attention": "mla",
-    "num_key_value_heads": 8,
+    "num_key_value_heads": 6,
     "head_dim": 48,
-    "q_lora_rank": 128,
+    "q_lora_rank": 96,
     "kv_lora_rank": 64,
     "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 16,
     "v_head_dim": 32,
 }
-MFA = {**BARE, "attention": "mfa", "num_key_value_heads": 1, "q_lora_rank": 128, "scoring_func": "softmax"}
-WIDE = {"vocab_size": 65536}
-DEEP = {"num_hidden_layers": 24, "hidden_size": 128, "n_routed_experts": 8, "moe_intermediate_size": 128}
-MANY = {"n_routed_experts": 64, "num_experts_per_tok": 4, "num_hidden_layers": 8}
+MFA = {**BARE, "attention": "mfa", "num_key_value_heads": 1, "q_lora_rank": 96, "scoring_func": "softmax"}
+VOCABULARY = {"vocab_size": 65536, "hidden_size": 256}
+DEEP = {"num_hidden_layers": 24, "hidden_size": 64, "n_routed_experts": 8, "moe_intermediate_size": 64}
+EXPERTS = {"n_routed_experts": 128, "num_hidden_layers": 7, "hidden_size": 256, "moe_intermediate_size": 128}
+FEW = {"batch.tokens": 512}
 
 CASES: list[tuple[str, int, dict[str, Any], dict[str, Any]]] = [
     # name, processes, changes of the model, changes of the recipe
-    ("muon", 1, {}, {}),
-    ("recompute", 1, {}, {"recompute": True}),
-    ("micro-batches", 1, {}, {"batch.micro_tokens": 1024}),
-    ("adamw", 1, {}, {"optimizer.type": "adamw"}),
-    ("large vocabulary", 1, WIDE, {"batch.tokens": 2048}),
-    ("deep", 1, DEEP, {}),
-    ("many experts", 1, MANY, {"batch.tokens": 2048}),
+    ("activations", 1, {}, {}),
+    ("recomputed", 1, {}, {"recompute": True}),
+    ("micro-batches", 1, {}, {"batch.micro_tokens": 2048}),
     ("no mtp, long rows", 1, {"num_nextn_predict_layers": 0}, {"stages.0.sequence_length": 2048}),
-    ("mla", 1, MLA, {}),
+    ("deep", 1, DEEP, {}),
+    ("experts, muon", 1, EXPERTS, FEW),
+    ("experts, adamw", 1, EXPERTS, {**FEW, "optimizer.type": "adamw"}),
+    ("experts, saving each step", 1, EXPERTS, {**FEW, "optimizer.type": "adamw", "checkpoint.every_steps": 1}),
+    ("vocabulary", 1, VOCABULARY, FEW),
+    ("mla", 1, MLA, {"batch.tokens": 4096}),
     ("mfa", 1, MFA, {}),
-    ("checkpoint each step", 1, MANY, {"batch.tokens": 2048, "checkpoint.every_steps": 1}),
-    ("muon", 2, {}, {"batch.tokens": 8192}),
-    ("large vocabulary", 2, WIDE, {"batch.tokens": 2048}),
-    ("many experts, adamw", 2, MANY, {"optimizer.type": "adamw"}),
-    ("muon", 4, {}, {"batch.tokens": 16384}),
-    ("many experts", 4, MANY, {}),
+    ("activations", 2, {}, {"batch.tokens": 16384}),
+    ("experts, adamw", 2, EXPERTS, {"batch.tokens": 1024, "optimizer.type": "adamw"}),
+    ("vocabulary", 2, VOCABULARY, {"batch.tokens": 1024}),
+    ("activations", 4, {}, {"batch.tokens": 16384}),
+    ("experts, adamw", 4, EXPERTS, {"batch.tokens": 2048, "optimizer.type": "adamw"}),
 ]
-STEPS = 3
+STEPS = 2
 
 
 def prepare(root: Path) -> None:
@@ -111,12 +115,12 @@ def prepare(root: Path) -> None:
             shard_tokens=1 << 20,
         ) as writer:
             for _ in range(documents):
-                writer.add([*rng.integers(0, 400, 4000).tolist(), tokenizer.pad_id])
+                writer.add([*rng.integers(0, 200, 4000).tolist(), tokenizer.pad_id])
 
 
 def recipe_file(root: Path, model: dict[str, Any], changes: dict[str, Any]) -> tuple[Path, list[str]]:
     """A pretraining recipe of a few steps, and the overrides that make the case of it."""
-    tokens = int(changes.get("batch.tokens", 4096))
+    tokens = int(changes.get("batch.tokens", 8192))
     body = {
         "type": "pretrain",
         "name": "case",
@@ -132,7 +136,7 @@ def recipe_file(root: Path, model: dict[str, Any], changes: dict[str, Any]) -> t
     return path, [f"{key}={value}" for key, value in changes.items()]
 
 
-def measure(root: Path, recipe: Path, overrides: list[str], processes: int) -> int:
+def measure(root: Path, recipe: Path, overrides: list[str], processes: int, returning: bool) -> int:
     """Bytes that the largest process of a run had resident at its highest."""
     run = root / "run"
     shutil.rmtree(run, ignore_errors=True)
@@ -140,6 +144,8 @@ def measure(root: Path, recipe: Path, overrides: list[str], processes: int) -> i
     words += [word for one in overrides for word in ("--set", one)]
     words += ["--processes", str(processes)] if processes > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if returning:
+        environment["MALLOC_MMAP_THRESHOLD_"] = str(128 << 10)
     child = subprocess.Popen([sys.executable, "-m", "glmctl", *words], env=environment, stdout=subprocess.DEVNULL)
     highest: dict[int, int] = {}
     while child.poll() is None:
@@ -180,34 +186,40 @@ def _read(path: Path) -> bytes:
         return b""
 
 
+def compared(name: str, processes: int, planned: Moment, seen: int) -> dict[str, Any]:
+    """One row of the table, said at once."""
+    runtime = planned.parts["runtime"]
+    row: dict[str, Any] = {"case": name, "processes": processes, "runtime_MB": round(runtime / 1e6)}
+    row |= {"planned_MB": round(planned.total / 1e6), "measured_MB": round(seen / 1e6), "at": planned.name}
+    row |= {"error": round(planned.total / seen - 1, 3)}
+    row["error_beyond_runtime"] = round((planned.total - runtime) / (seen - runtime) - 1, 3)
+    print("  ".join(f"{key} {value}" for key, value in row.items()), file=sys.stderr, flush=True)
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="made, and removed at the end")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of cases, from 1")
+    parser.add_argument("--returning", action="store_true", help="freed blocks go back to the system at once")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     root: Path = given.folder
-    prepare(root)
     rows: list[dict[str, Any]] = []
-    runtimes: dict[int, float] = {}
+    runtimes: dict[tuple[int, bool], float] = {}
     try:
+        prepare(root)
         for number, (name, processes, model, changes) in enumerate(CASES, start=1):
             if given.only and number not in given.only:
                 continue
-            if processes not in runtimes:
-                path, overrides = recipe_file(root, NOTHING, {})
+            key = (processes, "recompute" in changes)
+            if key not in runtimes:
+                path, overrides = recipe_file(root, NOTHING, {"recompute": True} if key[1] else {})
                 nothing = plan_process(load(str(path), overrides), processes, runtime=0.0)
-                runtimes[processes] = measure(root, path, overrides, processes) - nothing.total
+                runtimes[key] = measure(root, path, overrides, processes, given.returning) - nothing.total
             path, overrides = recipe_file(root, {**GLM, **model}, changes)
-            planned = plan_process(load(str(path), overrides), processes, runtime=runtimes[processes])
-            seen = measure(root, path, overrides, processes)
-            own = seen - runtimes[processes]
-            row = {"case": name, "processes": processes, "measured_MB": round(seen / 1e6)}
-            row |= {"planned_MB": round(planned.total / 1e6), "error": round(planned.total / seen - 1, 3)}
-            row |= {"runtime_MB": round(runtimes[processes] / 1e6), "at": planned.name}
-            row["error_beyond_runtime"] = round((planned.total - runtimes[processes]) / own - 1, 3)
-            rows.append(row)
-            print("  ".join(f"{key} {value}" for key, value in row.items()), file=sys.stderr, flush=True)
+            planned = plan_process(load(str(path), overrides), processes, runtime=runtimes[key])
+            rows.append(compared(name, processes, planned, measure(root, path, overrides, processes, given.returning)))
     finally:
         shutil.rmtree(root)
     if given.json:

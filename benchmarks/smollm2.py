@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=1024, help="of a step")
+    parser.add_argument("--heldout", type=int, default=60, help="definitions that the loss is measured on")
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--dense-layers", type=int, default=20)
     parser.add_argument("--keep", action="store_true")
@@ -169,21 +170,29 @@ def life(root: Path, gguf: Path, given: argparse.Namespace) -> dict[str, Any]:
     if not dense.exists():
         glmctl("convert", str(gguf), str(dense), "--quiet")
     body["logits"] = logit_difference(dense, gguf)
+    _say(body, "logits")
     chat = ("chat", str(dense), "--temperature", "0", "--max-tokens", "40", "--nothink", "--quiet")
     body["chat"] = {"asked": QUESTION, "answer": glmctl(*chat, said=f"{QUESTION}\n").strip()}
+    _say(body, "chat")
     words = (f"upcycle.experts={given.experts}", f"upcycle.dense_layers={given.dense_layers}")
     if not sparse.exists():
         glmctl("convert", str(gguf), str(sparse), "--quiet", "--set", words[0], "--set", words[1])
-    data, heldout = write_conversations(root, train=1200, heldout=60)
+    data, heldout = write_conversations(root, train=1200, heldout=given.heldout)
     asked = read_conversations([str(heldout)])
     counts = load_model(sparse).config.parameter_counts()
     body["upcycled"] = {"parameters": counts.total, "active": counts.active + counts.vocabulary, "set": words}
     body["heldout_loss"] = {"dense at the start": loss(dense, asked), "mixture at the start": loss(sparse, asked)}
+    _say(body, "heldout_loss")
     for name, model in (("mixture", sparse), ("dense", dense)):
         body[f"{name}_training"] = train(root, f"{name}-sft", model, data, given.steps, given.tokens)
         body["heldout_loss"][f"{name} trained"] = loss(root / f"{name}-sft" / "export", asked)
-        print(json.dumps(body["heldout_loss"]), file=sys.stderr, flush=True)
+        _say(body, "heldout_loss")
     return body
+
+
+def _say(body: dict[str, Any], key: str) -> None:
+    """A part of the result as soon as it is there."""
+    print(f"{key}: {json.dumps(body[key])}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from glmctl.run.plan.training import Job, Stage, job, process_moments
 SHOWN = 8
 """layouts of a stage that are listed unless all are asked for"""
 
-RUNTIME = {"cpu": 450e6}
+RUNTIME = {"cpu": 310e6}
 """bytes that a process has before its first tensor: interpreter, torch, accelerate; measured by benchmarks/plan.py"""
 RUNTIME_ELSEWHERE = 2e9
 """driver's context, communication library, allocator's slack; an assumption for accelerators"""

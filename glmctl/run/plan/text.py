@@ -7,7 +7,6 @@ from typing import Any
 
 from glmctl import console
 
-
 _UNTIMED = {"rl": "the time of rollouts", "distill": "the sampling of the teachers"}
 """type of recipe -> what the times leave out"""
 
