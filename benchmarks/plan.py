@@ -151,7 +151,7 @@ def measure(root: Path, recipe: Path, overrides: list[str], processes: int, retu
     while child.poll() is None:
         for pid in [child.pid] if processes == 1 else ranks(child.pid):
             highest[pid] = max(highest.get(pid, 0), high_water(pid))
-        time.sleep(0.01)
+        time.sleep(0.05)
     if child.returncode:
         raise SystemExit(f"glmctl {' '.join(words)}: exit code {child.returncode}")
     return max(highest.values())

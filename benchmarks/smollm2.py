@@ -119,6 +119,16 @@ def loss(folder: Path, conversations: Sequence[Conversation]) -> float:
     return total / count
 
 
+def in_our_format(folder: Path) -> Path:
+    """The same model without its own chat template: SmolLM2's has no marks of what to learn, ours (which a folder
+    without one gets) has them."""
+    copy = folder.with_name(f"{folder.name}-glm")
+    if not copy.exists():
+        left_out = shutil.ignore_patterns("chat_template.jinja", "manifest.json")
+        shutil.copytree(folder, copy, copy_function=os.link, ignore=left_out)
+    return copy
+
+
 def train(folder: Path, name: str, model: Path, data: Path, steps: int, tokens: int) -> dict[str, Any]:
     """`glmctl sft` for `steps` steps; its summary and the seconds it took."""
     recipe = folder / f"{name}.yaml"
@@ -177,6 +187,7 @@ def life(root: Path, gguf: Path, given: argparse.Namespace) -> dict[str, Any]:
     words = (f"upcycle.experts={given.experts}", f"upcycle.dense_layers={given.dense_layers}")
     if not sparse.exists():
         glmctl("convert", str(gguf), str(sparse), "--quiet", "--set", words[0], "--set", words[1])
+    dense, sparse = (in_our_format(folder) for folder in (dense, sparse))
     data, heldout = write_conversations(root, train=1200, heldout=given.heldout)
     asked = read_conversations([str(heldout)])
     counts = load_model(sparse).config.parameter_counts()

@@ -177,7 +177,7 @@ def moments(work: Work, layout: Layout = ONE, *, runtime: float = 0.0, saving: b
     buffers = _standing_buffers(work, layout)
     for moment in found:
         moment.parts["buffers"] += buffers
-    found.append(Moment("save", {"checkpoint": copy}))
+    found.append(Moment("save", {"checkpoint": copy, "buffers": _buckets(work, layout)}))
     for moment in found:
         moment.parts = {name: {**base, **moment.parts}.get(name, 0.0) for name in PARTS}
     return found
@@ -190,15 +190,18 @@ def peak(found: Sequence[Moment]) -> Moment:
 
 def _standing_buffers(work: Work, layout: Layout) -> float:
     """Bytes of communication and precision that last for the whole step."""
-    held = work.sizes
     if layout.parts == 1:
-        buckets = held.gradients if layout.data > 1 else 0
         # autocast keeps its copies of the weights until the pass has ended
-        return buckets + (held.weights / 2 if work.precision == "bf16" else 0)
+        return _buckets(work, layout) + (work.sizes.weights / 2 if work.precision == "bf16" else 0)
     gathered = max(run.part.rest + run.part.experts / layout.expert for run in work.sizes.runs)
     head = work.config.vocab_size * work.config.hidden_size
     # the layer that computes, the next one on its way, and the output matrix
     return (2 * gathered + head) * work.number
+
+
+def _buckets(work: Work, layout: Layout) -> int:
+    """The flat copy of all gradients that DDP sums over processes; it is never given back."""
+    return work.sizes.gradients if layout.parts == 1 and layout.data > 1 else 0
 
 
 class _Pass:
