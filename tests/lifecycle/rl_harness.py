@@ -1,6 +1,6 @@
 """Runs one tiny RL run in peace and one that is killed again and again. A program for test_rl_kill, not a test.
 
-    python rl_harness.py FOLDER KILLS          -> FOLDER/results.json
+    python rl_harness.py FOLDER KILLS [SEED]   -> FOLDER/results.json; SEED decides where they strike
 
 Everything that a checkpoint has to hold is in use: pools of a curriculum, a moving temperature, rollouts carried over
 with their weight versions, two updates a batch, a reference. As in training_harness, lives are forks of one process.
@@ -111,7 +111,7 @@ def outcome(path: Path, codes: list[int]) -> dict[str, Any]:
     }
 
 
-def main(root: Path, kills: int) -> None:
+def main(root: Path, kills: int, seed: int) -> None:
     """One run in peace, one killed `kills` times: half of them at a random moment, half inside a save."""
     harness = training_harness()
     setup = os.fork()
@@ -120,7 +120,7 @@ def main(root: Path, kills: int) -> None:
         os._exit(0)
     assert os.waitpid(setup, 0)[1] == 0
     pay()
-    recipe, rng = recipe_of(root, 8 + 4 * kills), random.Random(0)
+    recipe, rng = recipe_of(root, 8 + 4 * kills), random.Random(seed)
     straight = outcome(root / "straight", [harness.child(recipe, root / "straight", None)])
     codes = [harness.child(recipe, root / "killed", harness.random_death(rng)) for _ in range(kills)]
     codes.append(harness.child(recipe, root / "killed", None))
@@ -129,4 +129,4 @@ def main(root: Path, kills: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0)
