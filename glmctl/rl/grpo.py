@@ -20,6 +20,7 @@ from glmctl.model.folder import load_model
 from glmctl.model.network import GlmMoe
 from glmctl.parallel.accelerate import make_accelerator
 from glmctl.recipe.schema import RlRecipe, Sampling
+from glmctl.rl import recording
 from glmctl.rl.actor import Actor
 from glmctl.rl.collect import Batch
 from glmctl.rl.course import Course
@@ -99,6 +100,7 @@ class Loop:
         """Every step after `done`, each ending with its log and, when it is due, a checkpoint."""
         recipe = self.recipe
         self.journal.truncate(done)
+        recording.remove_stale(self.path)
         self.actor.follow(self.version_before(done + 1))
         if done == 0:
             self.journal.evaluated(0, self.evaluate(), self.course.begin())

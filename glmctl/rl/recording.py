@@ -49,6 +49,11 @@ def write_step(
     atomic.write_text(folder / f"step-{step:08d}.jsonl", "".join(line + "\n" for line in lines))
 
 
+def remove_stale(run: Path) -> None:
+    """Remove a file that a kill left half-written."""
+    atomic.remove_stale(run / FOLDER)
+
+
 def read_step(run: Path, step: int) -> Recorded:
     """The rollouts of `step`. RecipeError when none were recorded, DataError naming file and line for a bad one."""
     path = run / FOLDER / f"step-{step:08d}.jsonl"

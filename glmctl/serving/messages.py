@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 MAX_TOOLS = 128
 CONFLICT = "conflicting_fields"
+ARGUMENTS = "invalid_tool_arguments"
 
 ShortText = Annotated[str, Field(max_length=512)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
@@ -96,9 +97,9 @@ class CalledFunction(Part):
             # "\ud800" inside the string is an escape of its own: only now does it become half a character
             json.dumps(decoded, ensure_ascii=False).encode("utf-8")
         except (ValueError, RecursionError) as error:
-            raise ValueError("not a JSON string") from error
+            raise PydanticCustomError(ARGUMENTS, "not a JSON string") from error
         if not isinstance(decoded, dict):
-            raise ValueError("must hold a JSON object")
+            raise PydanticCustomError(ARGUMENTS, "must hold a JSON object")
         return decoded
 
 

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from glmctl.errors import nearest
 from glmctl.serving.api_error import ApiError
-from glmctl.serving.messages import CONFLICT, Part
+from glmctl.serving.messages import ARGUMENTS, CONFLICT, Part
 
 Model = TypeVar("Model", bound=Part)
 
@@ -24,7 +24,7 @@ def validate(kind: type[Model], body: dict[str, Any], *, strict: bool = False) -
             location = (*location, first["ctx"]["field"])
         param = _path(location) or None
         message = first["msg"].removeprefix("Value error, ")
-        code = CONFLICT if first["type"] == CONFLICT else None
+        code = first["type"] if first["type"] in (ARGUMENTS, CONFLICT) else None
         if first["type"] == "extra_forbidden":
             param = param[:120] if param else None
             match = nearest(str(first["loc"][-1])[:120], kind.model_fields)

@@ -22,7 +22,8 @@ from glmctl.serving.service import Service
 from glmctl.serving.worker import EngineWorker
 
 load_all_checks()
-# what a schema cannot say: how long a prompt is in tokens, what a grammar can follow, which fields go together
+# what a schema cannot say: how long a prompt is in tokens, what a grammar can follow, which fields go together, that a
+# string holds JSON, and that a number with too many digits is refused even where nobody knows the field
 BEYOND_A_SCHEMA = {
     "context_length_exceeded",
     "invalid_schema",
@@ -30,6 +31,8 @@ BEYOND_A_SCHEMA = {
     "conflicting_fields",
     "invalid_messages",
     "invalid_tokens",
+    "invalid_number",
+    "invalid_tool_arguments",
 }
 
 
