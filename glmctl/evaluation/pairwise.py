@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from glmctl import console
@@ -160,19 +161,27 @@ def _judge(judge: Judge, pairs: Sequence[tuple[str, str, str]], responses: Respo
         for order in ((first, second), (second, first))
     ]
     keys = [responses.key("judge", prompt, judge.settings()) for prompt in prompts]
+    writing = Lock()
+
+    def ask(prompt: list[dict[str, str]], key: str) -> None:
+        """Keeps the reply itself, so that what is under way when another judgement fails is not lost."""
+        reply = judge.ask(prompt)
+        with writing:
+            responses.put([(key, reply)])
+
     with (
         ThreadPoolExecutor(CONCURRENCY) as pool,
         console.progress("judging", len(prompts), unit="judgement") as progress,
     ):
-        asked = {
-            pool.submit(judge.ask, prompt): key
+        asked = [
+            pool.submit(ask, prompt, key)
             for key, prompt in dict(zip(keys, prompts, strict=True)).items()
             if responses.get(key) is None
-        }
+        ]
         progress.advance(len(prompts) - len(asked))
         try:
             for future in as_completed(asked):
-                responses.put([(asked[future], future.result())])
+                future.result()
                 progress.advance()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -272,10 +272,11 @@ def test_a_perfect_model_scores_one(
 
     def answer(self: GlmctlLM, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         replies = []
-        for index, request in enumerate(requests):
+        for request in requests:
             problem = Problem.from_row(json.loads(request.doc["problem"]), "doc")
             same = [one for one in problems if one.task == problem.task]
-            other = same[(index + shift) % len(same)]
+            place = [one.id for one in same].index(problem.id)
+            other = same[(place + shift) % len(same)]
             turn = demonstrate(other).messages[: 2 if other.task == "tool_use" else None]
             prompt = template.render(turn[:1], demonstrate(other).tools, add_generation_prompt=True)
             replies.append(template.render(turn, demonstrate(other).tools)[len(prompt) :])
