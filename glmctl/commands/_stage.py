@@ -93,6 +93,20 @@ def default_path(name: str) -> Path:
     return Path(os.environ.get("GLMCTL_RUNS") or "runs") / name
 
 
+def add_command(app: typer.Typer, name: str, kind: str, description: str) -> None:
+    """Give `app` a command that runs recipes of one kind in one process and takes nothing but what all stages take."""
+
+    @app.command(name, help=description)
+    def command(
+        recipe: RecipeArgument,
+        overrides: SetOption = None,
+        run: RunOption = None,
+        fresh: FreshOption = False,
+        dry_run: DryRunOption = False,
+    ) -> None:
+        run_stage(kind, recipe, overrides, run, fresh=fresh, dry_run=dry_run)
+
+
 def run_stage(
     kind: str,
     recipe_name: str,

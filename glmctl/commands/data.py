@@ -143,52 +143,25 @@ def stats(
     console.result(found, text="")
 
 
-@app.command()
-def reason(
-    recipe: stage.RecipeArgument,
-    overrides: stage.SetOption = None,
-    run: stage.RunOption = None,
-    fresh: stage.FreshOption = False,
-    dry_run: stage.DryRunOption = False,
-) -> None:
-    """Mine questions from text and keep a teacher's reasoning where it ends in the right answer."""
-    stage.run_stage("reasoning", recipe, overrides, run, fresh=fresh, dry_run=dry_run)
-
-
-@app.command()
-def tokenizer(
-    recipe: stage.RecipeArgument,
-    overrides: stage.SetOption = None,
-    run: stage.RunOption = None,
-    fresh: stage.FreshOption = False,
-    dry_run: stage.DryRunOption = False,
-) -> None:
-    """Train a byte-level BPE that carries GLM's special tokens."""
-    stage.run_stage("tokenizer", recipe, overrides, run, fresh=fresh, dry_run=dry_run)
-
-
-@app.command()
-def agentic(
-    recipe: stage.RecipeArgument,
-    overrides: stage.SetOption = None,
-    run: stage.RunOption = None,
-    fresh: stage.FreshOption = False,
-    dry_run: stage.DryRunOption = False,
-) -> None:
-    """Make agentic SFT data: collect tools, make tasks, play trajectories, keep what all judges pass."""
-    stage.run_stage("agentic", recipe, overrides, run, fresh=fresh, dry_run=dry_run)
-
-
-@app.command()
-def problems(
-    recipe: stage.RecipeArgument,
-    overrides: stage.SetOption = None,
-    run: stage.RunOption = None,
-    fresh: stage.FreshOption = False,
-    dry_run: stage.DryRunOption = False,
-) -> None:
-    """Generate verifiable problems: training, held-out, and demonstrations for the cold start."""
-    stage.run_stage("problems", recipe, overrides, run, fresh=fresh, dry_run=dry_run)
+stage.add_command(
+    app,
+    "reason",
+    "reasoning",
+    "Mine questions from text and keep a teacher's reasoning where it ends in the right answer.",
+)
+stage.add_command(app, "tokenizer", "tokenizer", "Train a byte-level BPE that carries GLM's special tokens.")
+stage.add_command(
+    app,
+    "agentic",
+    "agentic",
+    "Make agentic SFT data: collect tools, make tasks, play trajectories, keep what all judges pass.",
+)
+stage.add_command(
+    app,
+    "problems",
+    "problems",
+    "Generate verifiable problems: training, held-out, and demonstrations for the cold start.",
+)
 
 
 def _show_ways(run: Path, text: str, limit: int) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
+from glmctl.commands import _eval_options as options
 from glmctl.commands import _eval_results as results
 from glmctl.commands import _eval_words as read
 from glmctl.commands import _stage as stage
@@ -18,100 +19,32 @@ app = typer.Typer(**stage.PLAIN)
 
 @app.command("eval")
 def eval_(
-    target: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL|RECIPE",
-            help="A run directory or model folder (with -t), or a recipe.",
-            autocompletion=names.complete,
-            show_default=False,
-        ),
-    ] = None,
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option("--tasks", "-t", metavar="TASK,...", help="Tasks and groups: ours (--list) or lm-eval's."),
-    ] = None,
-    problems: Annotated[
-        list[str] | None,
-        typer.Option("--problems", metavar="NAME=FILE", help="A problem file, scored by its own verifier."),
-    ] = None,
-    model_args: Annotated[
-        str | None,
-        typer.Option("--model_args", "--model-args", "-a", metavar="pretrained=DIR", help="MODEL, as lm-eval has it."),
-    ] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option("--num_fewshot", "--num-fewshot", "-f", metavar="N", help="Examples in the prompt.")
-    ] = None,
-    limit: Annotated[
-        float | None, typer.Option("--limit", "-L", metavar="N", help="Only N questions of a task; below 1 a share.")
-    ] = None,
-    batch_size: Annotated[
-        str | None,
-        typer.Option("--batch_size", "--batch-size", "-b", metavar="N|auto", help="Requests that generate at once."),
-    ] = None,
-    apply_chat_template: Annotated[
-        bool, typer.Option("--apply_chat_template", "--apply-chat-template", help="To lm-eval's tasks; ours know when.")
-    ] = False,
-    fewshot_as_multiturn: Annotated[
-        bool,
-        typer.Option("--fewshot_as_multiturn/--no-fewshot_as_multiturn", help="Examples as turns of the chat."),
-    ] = True,
-    system_instruction: Annotated[
-        str | None,
-        typer.Option("--system_instruction", "--system-instruction", metavar="TEXT", help="Of lm-eval's tasks."),
-    ] = None,
-    gen_kwargs: Annotated[
-        str | None,
-        typer.Option("--gen_kwargs", "--gen-kwargs", metavar="KEY=VALUE,...", help="Generation of lm-eval's tasks."),
-    ] = None,
-    include_path: Annotated[
-        Path | None,
-        typer.Option("--include_path", "--include-path", metavar="DIR", help="A folder with tasks of your own."),
-    ] = None,
-    metadata: Annotated[
-        str | None, typer.Option("--metadata", metavar="JSON", help="Handed to lm-eval's tasks.")
-    ] = None,
-    seed: Annotated[
-        str | None, typer.Option("--seed", metavar="N", help="Of sampling and examples; or four, as lm-eval has them.")
-    ] = None,
-    use_cache: Annotated[
-        Path | None, typer.Option("--use_cache", "--use-cache", "-c", metavar="DIR", help="Keep answers here for good.")
-    ] = None,
-    unsafe: Annotated[
-        bool,
-        typer.Option(
-            "--confirm_run_unsafe_code", "--confirm-run-unsafe-code", help="Let lm-eval's tasks run code unboxed."
-        ),
-    ] = False,
-    no_sandbox: Annotated[
-        bool, typer.Option("--unsafe-no-sandbox", help="Run what the model writes without isolation, in our tasks too.")
-    ] = False,
-    log_samples: Annotated[
-        bool, typer.Option("--log_samples", "--log-samples", "-s", help="Always on: every sample is kept.")
-    ] = False,
-    output_path: Annotated[
-        Path | None,
-        typer.Option("--output_path", "--output-path", "-o", "--run", metavar="DIR", help="The run directory."),
-    ] = None,
-    nothink: Annotated[bool, typer.Option("--nothink", help="Direct answers, without reasoning.")] = False,
-    samples: Annotated[
-        int | None, typer.Option("--samples", metavar="N", help="Samples of each problem: avg@N and pass@k.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option("--temperature", metavar="T", help="Of problems and our tasks; 0 is greedy.")
-    ] = None,
-    list_: Annotated[bool, typer.Option("--list", help="List our offline tasks and the report's suites.")] = False,
-    compare: Annotated[
-        tuple[Path, Path] | None,
-        typer.Option("--compare", metavar="A B", help="Two evaluated models (<run>/export/<model>), paired."),
-    ] = None,
-    judge: Annotated[
-        str | None,
-        typer.Option("--judge", metavar="URL", help="With --compare: an OpenAI-compatible judge of the answers."),
-    ] = None,
-    judge_model: Annotated[
-        str | None, typer.Option("--judge_model", "--judge-model", metavar="NAME", help="The judge's model.")
-    ] = None,
+    target: options.Target = None,
+    tasks: options.Tasks = None,
+    problems: options.Problems = None,
+    model_args: options.ModelArgs = None,
+    num_fewshot: options.NumFewshot = None,
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = None,
+    apply_chat_template: options.ApplyChatTemplate = False,
+    fewshot_as_multiturn: options.FewshotAsMultiturn = True,
+    system_instruction: options.SystemInstruction = None,
+    gen_kwargs: options.GenKwargs = None,
+    include_path: options.IncludePath = None,
+    metadata: options.Metadata = None,
+    seed: options.Seed = None,
+    use_cache: options.UseCache = None,
+    unsafe: options.Unsafe = False,
+    no_sandbox: options.NoSandbox = False,
+    log_samples: options.LogSamples = False,
+    output_path: options.OutputPath = None,
+    nothink: options.Nothink = False,
+    samples: options.Samples = None,
+    temperature: options.Temperature = None,
+    list_: options.List = False,
+    compare: options.Compare = None,
+    judge: options.Judge = None,
+    judge_model: options.JudgeModel = None,
     overrides: stage.SetOption = None,
     fresh: stage.FreshOption = False,
     dry_run: stage.DryRunOption = False,
