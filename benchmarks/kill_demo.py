@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-CLOCK = re.compile(r"date|time|mfu|tokens_per_second|(\w+_)?seconds(_\w+)?|total_evaluation_time_seconds")
+CLOCK = re.compile(r"date|(\w+_)?time|mfu|tokens_per_second|(\w+_)?seconds(_\w+)?|total_evaluation_time_seconds")
 """names of what a row or a result says about time; no two runs agree on it"""
 
 
@@ -111,7 +111,9 @@ def _content(path: Path) -> bytes:
     if path.suffix != ".json":
         return data
     run = next(parent for parent in path.parents if parent.name == "export").parent.parent
-    found = json.loads(data.replace(str(run).encode(), b"RUN"))
+    named = data.replace(str(run).encode(), b"RUN")
+    # lm-eval's own name for a model is its path with the separators replaced
+    found = json.loads(named.replace(str(run).replace(os.sep, "__").encode(), b"RUN"))
     if isinstance(found, dict):
         found = {key: value for key, value in found.items() if not CLOCK.fullmatch(key)}
     return json.dumps(found).encode()
