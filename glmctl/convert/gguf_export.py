@@ -69,7 +69,7 @@ def write_gguf(model: StoredModel, folder: Folder, dtype: str) -> None:
         file.write(start + bytes(-len(start) % _ALIGNMENT))
         for stored, _, _ in tensors.values():
             for block in stored.blocks():
-                file.write_tensor(block)
+                file.write(block)
             file.write(bytes(-stored.nbytes % _ALIGNMENT))
 
 

@@ -17,6 +17,7 @@ from glmctl.convert.upcycle import upcycle
 from glmctl.convert.verify import compare, logit_difference
 from glmctl.convert.write import Folder, write_checkpoint, write_folder, write_fp8, write_megatron
 from glmctl.errors import DataError
+from glmctl.model.direct import keep_memory
 from glmctl.model.fp8 import SCALE
 from glmctl.recipe.schema import ConvertRecipe
 from glmctl.run import atomic
@@ -35,7 +36,7 @@ def run(recipe: ConvertRecipe, run: Run) -> dict[str, Any]:
     names. Memory stays bounded whatever the model's size. An interrupted conversion goes on after its last finished
     file when it is started again with the same recipe and an unchanged source.
 
-    Every large file is read back and its SHA-256 compared with that of the bytes meant for it; folders and checkpoints
+    Every large file is read back and compared with the bytes meant for it (`CheckedFile`); folders and checkpoints
     of up to `compare_bytes` are also compared with the source tensor by tensor and by their logits.
 
     Returns {kind, source, tensors, bytes, verified}; where compared, {identical, max_logit_difference}, and for an
@@ -43,6 +44,7 @@ def run(recipe: ConvertRecipe, run: Run) -> dict[str, Any]:
     logits are compared but whose tensors differ. Raises DataError when the source is damaged, or when what was written
     does not equal it.
     """
+    keep_memory()
     original = open_model(Path(recipe.source))
     if recipe.adapter is not None:
         original = merge_lora(original, Path(recipe.adapter))

@@ -1,12 +1,8 @@
-"""Writing what is streamed: files that are hashed while they are written and read back before they count."""
+"""Writing what is streamed: files that are hashed and read back while they are written."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import queue
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from glmctl.convert.checked_file import CheckedFile
 from glmctl.convert.fp8 import ErrorReport, description, quantisable, quantised
 from glmctl.convert.megatron import NAMES, to_megatron
 from glmctl.convert.source import STATE, WEIGHTS, StoredModel, in_memory, stored_dtype
@@ -29,67 +25,11 @@ from glmctl.run import atomic
 FINISHED = "finished.json"
 """which files an interrupted conversion has finished; not part of the result"""
 
-_WAITING = 4
-"""blocks between the reader and the writer"""
-
-
-class HashedWriter:
-    """Writes a file's bytes in a thread of its own, hashing them on the way: hashing costs more than writing."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.size = 0
-        self._digest = hashlib.sha256()
-        self._blocks: queue.Queue[memoryview | bytes | None] = queue.Queue(_WAITING)
-        self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._drain, name=f"write {path.name}", daemon=True)
-        self._thread.start()
-
-    def write(self, block: memoryview | bytes) -> None:
-        """Append `block`, which must not change any more. Raises the OSError of an earlier block, if there was one."""
-        if self._error is not None:
-            raise self._error
-        self._blocks.put(block)
-
-    def write_tensor(self, rows: Tensor) -> None:
-        """Append the bytes of a tensor in memory of its own."""
-        if rows.numel():
-            self.write(rows.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-    def close(self) -> str:
-        """Wait until everything is on the disk; the hex SHA-256 of what was written."""
-        self._blocks.put(None)
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._digest.hexdigest()
-
-    def abandon(self) -> None:
-        """End the thread without caring for the file."""
-        self._blocks.put(None)
-        self._thread.join()
-
-    def _drain(self) -> None:
-        block: memoryview | bytes | None = b""
-        try:
-            with self.path.open("wb", buffering=0) as file:
-                while (block := self._blocks.get()) is not None:
-                    self._digest.update(block)
-                    rest = memoryview(block)
-                    while rest:
-                        rest = rest[file.write(rest) :]
-                    self.size += len(block)
-                os.fsync(file.fileno())
-        except OSError as error:
-            self._error = error
-            while block is not None:  # the writer may be waiting for room
-                block = self._blocks.get()
-
 
 class Folder:
-    """The files of one conversion's result, each hashed as it is written and read back in the background.
+    """The files of one conversion's result, each hashed and read back as it is written.
 
-    Files that an interrupted conversion finished in the same folder are not written again, but read back again.
+    Files that an interrupted conversion finished in the same folder are not written again, but read once more.
     """
 
     def __init__(self, path: Path, memory: dict[str, dict[str, float]] | None = None) -> None:
@@ -98,7 +38,7 @@ class Folder:
         self.memory = {} if memory is None else memory
         self.digests: dict[str, str] = {}
         """SHA-256 of the bytes meant for each large file"""
-        self._checker = ThreadPoolExecutor(1, thread_name_prefix="read back")
+        self._checker = ThreadPoolExecutor(1, thread_name_prefix="check")
         self._checks: dict[str, Future[str]] = {}
         self._tasks: list[Future[None]] = []
         self._earlier: dict[str, str] = {}
@@ -112,7 +52,8 @@ class Folder:
         """Whether an interrupted conversion wrote this file, which then counts and need not be written."""
         if name not in self._earlier:
             return False
-        self._count(name, self._earlier[name])
+        self.digests[name] = self._earlier[name]
+        self._checks[name] = self._checker.submit(atomic.sha256_file, self.path / name)
         return True
 
     def meanwhile(self, task: Callable[[], None]) -> None:
@@ -120,24 +61,20 @@ class Folder:
         self._tasks.append(self._checker.submit(task))
 
     @contextmanager
-    def file(self, name: str) -> Iterator[HashedWriter]:
-        """A writer of one file; when the body ends, the file is on the disk and its reading back has begun."""
-        writer = HashedWriter(self.path / name)
+    def file(self, name: str) -> Iterator[CheckedFile]:
+        """A writer of one file; when the body ends, the file is on the disk and has been read back."""
+        writer = CheckedFile(self.path / name)
         try:
             yield writer
+            self.digests[name] = writer.close()
         except BaseException:
             writer.abandon()
             (self.path / name).unlink(missing_ok=True)
             raise
-        self._count(name, writer.close())
         atomic.write_json(self.path / FINISHED, {"files": self.digests, "memory": self.memory})
 
-    def _count(self, name: str, digest: str) -> None:
-        self.digests[name] = digest
-        self._checks[name] = self._checker.submit(atomic.sha256_file, self.path / name)
-
     def check(self) -> None:
-        """Wait for the reading back. EnvironmentProblem when a file does not hold what was written to it."""
+        """Wait for the background. EnvironmentProblem when a file finished earlier holds other bytes by now."""
         for task in self._tasks:
             task.result()
         for name, check in self._checks.items():
@@ -163,7 +100,7 @@ def write_safetensors(folder: Folder, name: str, tensors: Mapping[str, Stored]) 
         file.write(encode_header((key, tensor.dtype, tensor.shape) for key, tensor in listed))
         for _, tensor in listed:
             for block in tensor.blocks():
-                file.write_tensor(block)
+                file.write(block)
 
 
 def _aligned(tensors: Iterable[Stored]) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from glmctl.errors import DataError
+from glmctl.model.direct import open_direct, read_range
 
 MAX_HEADER_BYTES = 16 << 20
 """GLM-4.5's largest shard needs well under 1 MB."""
@@ -83,18 +84,18 @@ class TensorFile:
         slot = self.slots[name]
         width = slot.shape[-1] if slot.shape else 1
         size = (stop - start) * width * slot.dtype.itemsize
-        rows = torch.empty((stop - start, width), dtype=slot.dtype)
-        if size:
-            view = rows.view(torch.uint8).reshape(-1).numpy().data
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(slot.start + start * width * slot.dtype.itemsize)
-                filled = 0
-                while filled < size:
-                    count = file.readinto(view[filled:])
-                    if not count:
-                        raise DataError(f"{self.path}: tensor '{name}' was cut off while it was read")
-                    filled += count
-        return rows
+        if not size:
+            return torch.empty((stop - start, width), dtype=slot.dtype)
+        handle = open_direct(self.path, os.O_RDONLY)
+        try:
+            raw = read_range(handle, slot.start + start * width * slot.dtype.itemsize, size)
+        finally:
+            os.close(handle)
+        if len(raw) != size:
+            raise DataError(f"{self.path}: tensor '{name}' was cut off while it was read")
+        if raw.storage_offset() % slot.dtype.itemsize:
+            raw = raw.clone()
+        return raw.view(slot.dtype).view(stop - start, width)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -265,7 +265,7 @@ def test_a_full_disk_leaves_nothing_and_says_so(
             raise OSError(errno.ENOSPC, "No space left on device")
         real(handle)
 
-    monkeypatch.setattr(write.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(EnvironmentProblem, match="No space left"):
         to(healthy, tmp_path / "c", shard_bytes=9_000)
     monkeypatch.undo()
@@ -276,25 +276,34 @@ def test_a_full_disk_leaves_nothing_and_says_so(
 
 
 def test_a_disk_that_lies_is_found_out(healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = atomic.sha256_file
-    wrong = "0" * 64
-    monkeypatch.setattr(atomic, "sha256_file", lambda path: wrong if path.suffix == ".safetensors" else real(path))
-    with pytest.raises(EnvironmentProblem, match="read back other bytes"):
-        to(healthy, tmp_path / "c")
+    """One bit of what arrives on the disk is another: no export, and the file is written anew next time."""
+    real = os.pwrite
+
+    def lying(handle: int, data: memoryview, offset: int) -> int:
+        wrong = bytearray(data)
+        wrong[-1] ^= 1
+        return real(handle, wrong, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", lying)
+        with pytest.raises(EnvironmentProblem, match="read back other bytes"):
+            to(healthy, tmp_path / "c")
+    assert not (tmp_path / "c" / "export").exists()
+    assert compare(healthy, to(healthy, tmp_path / "c")).identical
 
 
 def killed_at_file(healthy: Path, target: Path, number: int, **fields: Any) -> None:
     """Start a conversion in a process that kills itself while it writes its `number`th file."""
     child = os.fork()
     if child == 0:
-        real = write.HashedWriter.write_tensor
+        real = write.CheckedFile.write
 
-        def fatal(self: write.HashedWriter, rows: torch.Tensor) -> None:
+        def fatal(self: write.CheckedFile, block: torch.Tensor | bytes) -> None:
             if f"-0000{number}-of" in self.path.name:
                 os.kill(os.getpid(), signal.SIGKILL)
-            real(self, rows)
+            real(self, block)
 
-        write.HashedWriter.write_tensor = fatal  # type: ignore[method-assign]
+        write.CheckedFile.write = fatal  # type: ignore[method-assign]
         to(healthy, target, shard_bytes=9_000, **fields)
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -311,13 +320,13 @@ def test_a_killed_conversion_goes_on_where_it_was(
     killed_at_file(healthy, target, 4, dtype=dtype)
     assert not (target / "export").exists()
     written: list[str] = []
-    real = write.HashedWriter.close
+    real = write.CheckedFile.close
 
-    def close(self: write.HashedWriter) -> str:
+    def close(self: write.CheckedFile) -> str:
         written.append(self.path.name)
         return real(self)
 
-    monkeypatch.setattr(write.HashedWriter, "close", close)
+    monkeypatch.setattr(write.CheckedFile, "close", close)
     run = Run.open(ConvertRecipe(name="c", source=str(healthy), shard_bytes=9_000, dtype=dtype), target)
     with run:
         summary = convert(run.recipe, run)
