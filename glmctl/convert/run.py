@@ -17,7 +17,7 @@ from glmctl.convert.upcycle import upcycle
 from glmctl.convert.verify import compare, logit_difference
 from glmctl.convert.write import Folder, write_checkpoint, write_folder, write_fp8, write_megatron
 from glmctl.errors import DataError
-from glmctl.model.direct import keep_memory
+from glmctl.model.direct import keep_memory, sha256_file
 from glmctl.model.fp8 import SCALE
 from glmctl.recipe.schema import ConvertRecipe
 from glmctl.run import atomic
@@ -101,7 +101,7 @@ def _convert(
     recipe: ConvertRecipe, model: StoredModel, folder: Folder, dtype: torch.dtype | None, report: ErrorReport
 ) -> None:
     if model.source.kind == "checkpoint":
-        folder.meanwhile(partial(atomic.verify, model.source.path, only=(WEIGHTS, STATE)))
+        folder.meanwhile(partial(atomic.verify, model.source.path, (WEIGHTS, STATE), sha256_file))
     check_copies(model)
     if recipe.to == "gguf":
         write_gguf(model, folder, recipe.dtype)

@@ -18,6 +18,7 @@ from glmctl.convert.megatron import NAMES, to_megatron
 from glmctl.convert.source import STATE, WEIGHTS, StoredModel, in_memory, stored_dtype
 from glmctl.convert.stored import Stored, cast
 from glmctl.errors import EnvironmentProblem
+from glmctl.model.direct import sha256_file
 from glmctl.model.folder import copy_tokenizer, plan_shards, write_config, write_index
 from glmctl.model.tensor_file import encode_header
 from glmctl.run import atomic
@@ -53,7 +54,7 @@ class Folder:
         if name not in self._earlier:
             return False
         self.digests[name] = self._earlier[name]
-        self._checks[name] = self._checker.submit(atomic.sha256_file, self.path / name)
+        self._checks[name] = self._checker.submit(sha256_file, self.path / name)
         return True
 
     def meanwhile(self, task: Callable[[], None]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 ALIGNMENT = 4096
 """direct access needs offsets, lengths and addresses that are multiples of this"""
 
+_ROOM_BYTES = 16 << 20
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 
@@ -80,6 +82,19 @@ def read_into(handle: int, room: Tensor, offset: int) -> int:
             break
         filled += count
     return filled
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of the file's bytes. Raises OSError."""
+    room, digest, offset = aligned_empty(_ROOM_BYTES), hashlib.sha256(), 0
+    handle = open_direct(path, os.O_RDONLY)
+    try:
+        while count := read_into(handle, room, offset):
+            digest.update(room[:count].numpy().data)
+            offset += count
+    finally:
+        os.close(handle)
+    return digest.hexdigest()
 
 
 def write_from(handle: int, block: Tensor, offset: int) -> None:

@@ -113,6 +113,14 @@ def test_any_range_of_a_file_is_read_and_no_more_than_there_is(folder: Path) -> 
         os.close(handle)
 
 
+@pytest.mark.parametrize("size", [0, 1, direct.ALIGNMENT, 5 * direct.ALIGNMENT + 3])
+def test_the_hash_of_a_file_is_that_of_its_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(direct, "_ROOM_BYTES", CHUNK)
+    data = random.Random(size).randbytes(size)
+    (folder / "f").write_bytes(data)
+    assert direct.sha256_file(folder / "f") == hashlib.sha256(data).hexdigest()
+
+
 def test_without_direct_access_the_same_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(direct, "_DIRECT", 0)
     file = CheckedFile(tmp_path / "f")
