@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, settings
+from jsonschema import Draft202012Validator
 from schemathesis.checks import CHECKS, load_all_checks
+from schemathesis.core.parameters import ParameterLocation
+from schemathesis.specs.openapi.checks import negative_data_rejection
 
 from glmctl.data.chat import ChatTemplate
 from glmctl.data.tokenizer import Tokenizer
@@ -50,8 +53,37 @@ def valid_requests_are_understood(ctx: Any, response: Any, case: Any) -> None:
     assert error["code"] in BEYOND_A_SCHEMA, error
 
 
-CHECKED = [check for check in CHECKS.get_all() if check.__name__ != "positive_data_acceptance"]
-schema = schemathesis.openapi.from_dict(openapi.document("tiny"))
+DOCUMENT = openapi.document("tiny")
+
+
+def fits(case: Any) -> bool:
+    """Whether the case's JSON body is valid by the document, whatever it was meant to be."""
+    kind = case.media_type
+    if kind is None or kind not in DOCUMENT["paths"][case.path][case.method.lower()].get("requestBody", {})["content"]:
+        return False
+    place = "/".join(part.replace("~", "~0").replace("/", "~1") for part in (case.path, case.method.lower()))
+    pointer = f"#/paths/{place}/requestBody/content/{kind.replace('/', '~1')}/schema"
+    return Draft202012Validator({**DOCUMENT, "$ref": pointer}).is_valid(case.body)
+
+
+@schemathesis.check
+def invalid_requests_are_refused(ctx: Any, response: Any, case: Any) -> None:
+    """Stands for `negative_data_rejection`, which takes 413 for no refusal.
+
+    It also breaks one branch of a choice and may thereby fit another branch.
+    """
+    if response.status_code == 413:
+        return
+    broken = (
+        [] if case.meta is None else [place for place, part in case.meta.components.items() if part.mode.is_negative]
+    )
+    if broken != [ParameterLocation.BODY] or not fits(case):
+        negative_data_rejection(ctx, response, case)
+
+
+STANDING_FOR = {"positive_data_acceptance", "negative_data_rejection"}
+CHECKED = [check for check in CHECKS.get_all() if check.__name__ not in STANDING_FOR]
+schema = schemathesis.openapi.from_dict(DOCUMENT)
 SETTINGS: dict[str, Any] = {
     "deadline": None,
     "derandomize": True,
