@@ -37,7 +37,7 @@ from glmctl.training.optim import build_optimizer
 from glmctl.training.sft import encode
 from glmctl.training.step import Stepper
 
-LENGTH, LR = 512, 1e-3
+LENGTH, LR = 1024, 1e-3
 WORDS = "the of and to in is it that was for on are as with his they at be this from".split()  # noqa: SIM905
 
 
