@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,10 +59,11 @@ class CheckedFile:
 
         Raises what went wrong with an earlier block: OSError, or EnvironmentProblem when the disk holds other bytes.
         """
+        if not len(block):
+            return
         if isinstance(block, bytes):
-            block = torch.from_numpy(np.frombuffer(block, np.uint8).copy())
-        if block.numel():
-            self._pack.put(block.contiguous().reshape(-1).view(torch.uint8))
+            block = torch.frombuffer(bytearray(block), dtype=torch.uint8)
+        self._pack.put(block.contiguous().reshape(-1).view(torch.uint8))
 
     def close(self) -> str:
         """Wait until everything is on the disk and compared; the hex SHA-256 of what was written."""
