@@ -149,6 +149,16 @@ def _as_text(function: Message) -> Message:
 
 def incoming(reply: Any) -> tuple[Message, str]:
     """The reply as one of our messages, and what is broken about it ("" when nothing is)."""
+    message, broken = _incoming(reply)
+    try:
+        json.dumps(message, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        # a character cut in half: no file and no tokenizer takes it
+        return {"role": "assistant", "content": ""}, "half a character (a lone surrogate)"
+    return message, broken
+
+
+def _incoming(reply: Any) -> tuple[Message, str]:
     reasoning, content = split_reasoning(reply)
     message: Message = {"role": "assistant", "content": content}
     if reasoning:

@@ -25,7 +25,8 @@ def read_rows(path: Path, field: str) -> list[Row]:
     if not path.is_file():
         raise RecipeError(f"{path}: no such file")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # not splitlines, which also parts at characters that JSON leaves as they are
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:

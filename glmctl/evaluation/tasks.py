@@ -20,7 +20,7 @@ from glmctl.evaluation.needle import needle
 from glmctl.evaluation.questions import Asking
 from glmctl.recipe.schema import Needle
 
-VERSION = 2.0
+VERSION = 3.0
 """raised when the documents or the scoring of any of our tasks change: scores of two versions do not compare"""
 
 

@@ -7,8 +7,9 @@ parser found well-formed reach `step`; what the parser refuses ends the rollout 
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -124,8 +125,28 @@ def tool_calls(message: Message) -> list[dict[str, Any]]:
     return [call["function"] for call in message.get("tool_calls") or []]
 
 
+def content_id(task: str, text: str) -> str:
+    """An id for a problem that has no short name: `text` is what tells it from others of the task."""
+    return f"{task}/{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def require_one_id_each(problems: Iterable[Problem]) -> None:
+    """DataError when two different problems have one id: prompts, draws and journals go by it. One may occur twice."""
+    known: dict[str, Problem] = {}
+    for problem in problems:
+        other = known.setdefault(problem.id, problem)
+        if other != problem:
+            raise DataError(
+                f"two problems have the id '{problem.id}': {other.prompt[:60]!r} and {problem.prompt[:60]!r}",
+                hint="an id names one problem in all files of a recipe",
+            )
+
+
 def read_problems(path: Path) -> list[Problem]:
-    """Problems of one JSON-lines file, in file order. Raises DataError naming file and line."""
+    """Problems of one JSON-lines file, in file order.
+
+    Raises DataError naming file and line, or an id that two of them share.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -142,4 +163,5 @@ def read_problems(path: Path) -> list[Problem]:
         problems.append(Problem.from_row(row, f"{path}:{number}"))
     if not problems:
         raise DataError(f"{path}: no problems in this file")
+    require_one_id_each(problems)
     return problems

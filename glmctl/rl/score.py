@@ -14,7 +14,7 @@ from glmctl.errors import RecipeError
 from glmctl.model.folder import load_model
 from glmctl.model.network import GlmMoe
 from glmctl.recipe.schema import Sampling
-from glmctl.rl.environment import Problem, read_problems
+from glmctl.rl.environment import Problem, read_problems, require_one_id_each
 from glmctl.rl.episode import Trajectory
 from glmctl.rl.rollout import rollout, rollout_engine
 from glmctl.run.directory import resolve_model
@@ -76,12 +76,16 @@ def score(
 
 
 def load_heldout(problem_files: Sequence[Path | str], limit: int | None) -> list[Problem]:
-    """The first `limit` problems of each file, in order. Raises RecipeError when a file is missing."""
+    """The first `limit` problems of each file, in order.
+
+    Raises RecipeError when a file is missing, DataError for a damaged one or one id for two problems.
+    """
     problems = []
     for name in problem_files:
         if not Path(name).is_file():
             raise RecipeError(f"{name}: no such problem file")
         problems += read_problems(Path(name))[:limit]
+    require_one_id_each(problems)
     return problems
 
 

@@ -8,8 +8,8 @@ an exception, a hang, a crash, NaN, infinity, a string or a number outside -1..1
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
-import math
 import os
 import secrets
 import selectors
@@ -22,9 +22,10 @@ from glmctl.rl.environment import InfrastructureFailure, Problem
 
 LIMIT_SECONDS = 10.0
 START_SECONDS = 60.0
-"""the first call of a process imports the verifier's module"""
+"""how long a new process may take to start and import the verifier's module; judging has its own limit"""
 
-# the answer travels over a pipe of its own: what a verifier prints is its own affair
+# the answer travels over a pipe of its own: what a verifier prints is its own affair.
+# A request without a reply only imports: a hang ends the process, so every judgement after one waits for an import too
 _PROCESS = """
 import importlib, json, os, sys
 answers = os.fdopen(int(sys.argv[1]), "w")
@@ -32,8 +33,11 @@ for line in sys.stdin:
     request = json.loads(line)
     module, _, name = request["verifier"].partition(":")
     try:
-        value = getattr(importlib.import_module(module), name)(request["reply"], request["problem"])
-        body = {"value": value if type(value) in (bool, int, float) else repr(value)[:80]}
+        function = getattr(importlib.import_module(module), name)
+        body = {}
+        if "reply" in request:
+            value = function(request["reply"], request["problem"])
+            body = {"value": value if type(value) in (bool, int, float) else repr(value)[:80]}
     except BaseException as error:
         body = {"error": f"{type(error).__name__}: {error}"[:200]}
     answers.write(json.dumps({"nonce": request["nonce"], **body}) + "\\n")
@@ -54,11 +58,22 @@ class _Process:
             pass_fds=[writer],
         )
         os.close(writer)
-        self.seen: set[str] = set()
+        self.loaded: set[str] = set()
 
-    def ask(self, request: dict[str, Any], limit: float) -> dict[str, Any]:
-        """Its answer. Raises InfrastructureFailure when it dies, or says nothing for `limit` seconds."""
+    def judge(self, verifier: str, reply: str, problem: dict[str, Any], limit: float) -> dict[str, Any]:
+        """The answer to one reply, `limit` seconds after the verifier's module is imported at the latest."""
+        if verifier not in self.loaded:
+            answer = self._ask({"verifier": verifier}, START_SECONDS, "import")
+            if "error" in answer:
+                return answer
+            self.loaded.add(verifier)
+        return self._ask({"verifier": verifier, "reply": reply, "problem": problem}, limit, "verdict")
+
+    def _ask(self, request: dict[str, Any], limit: float, wanted: str) -> dict[str, Any]:
+        """Its answer. Raises InfrastructureFailure when it dies, or has not said `wanted` in `limit` seconds."""
         assert self.process.stdin is not None
+        nonce = secrets.token_hex(8)
+        request["nonce"] = nonce
         try:
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
@@ -69,12 +84,17 @@ class _Process:
             ready.register(self.reader, selectors.EVENT_READ)
             while not said.endswith(b"\n"):
                 if not ready.select(max(0.0, deadline - time.monotonic())):
-                    raise InfrastructureFailure(f"{request['verifier']}: no verdict within {limit:g} s")
+                    raise InfrastructureFailure(f"{request['verifier']}: no {wanted} within {limit:g} s")
                 chunk = os.read(self.reader, 1 << 16)
                 if not chunk:
                     raise InfrastructureFailure(f"{request['verifier']}: the process died, {self.process.wait()}")
                 said += chunk
-        answer: dict[str, Any] = json.loads(said)
+        try:
+            answer: dict[str, Any] = json.loads(said)
+        except ValueError as error:
+            raise InfrastructureFailure(f"{request['verifier']}: {said[:80]!r} is no answer") from error
+        if answer.get("nonce") != nonce:
+            raise InfrastructureFailure(f"{request['verifier']}: an answer to another question")
         return answer
 
     def close(self) -> None:
@@ -82,7 +102,9 @@ class _Process:
         self.process.kill()
         self.process.wait()
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        # a process that died between two questions leaves one in the buffer, and closing tries to write it
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         os.close(self.reader)
 
 
@@ -95,20 +117,16 @@ def verify(verifier: str, reply: str, problem: Problem, limit: float = LIMIT_SEC
     if _current is None:
         _current = _Process()
         atexit.register(stop)
-    nonce = secrets.token_hex(8)
-    request = {"verifier": verifier, "reply": reply, "problem": problem.to_row(), "nonce": nonce}
     try:
-        answer = _current.ask(request, limit if verifier in _current.seen else max(limit, START_SECONDS))
-        if answer.get("nonce") != nonce:
-            raise InfrastructureFailure(f"{verifier}: an answer to another question")
+        answer = _current.judge(verifier, reply, problem.to_row(), limit)
     except InfrastructureFailure:
         stop()
         raise
-    _current.seen.add(verifier)
     if "error" in answer:
         raise InfrastructureFailure(f"{verifier}: {answer['error']}")
     value = answer["value"]
-    if isinstance(value, str) or not math.isfinite(value) or abs(value) > 1:
+    # NaN compares as false; `math.isfinite` overflows on an integer that is too large for a float
+    if isinstance(value, str) or not abs(value) <= 1:
         raise InfrastructureFailure(f"{verifier}: {value!r} is no reward: a number from -1 to 1 is")
     return float(value)
 

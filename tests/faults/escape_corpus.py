@@ -1,23 +1,33 @@
-"""Attempts to leave the sandbox, run as a program: `escape_corpus.py LEVEL` prints {probe: what it got} as JSON.
+"""Attempts to leave the sandbox, run as a program: `escape_corpus.py LEVEL [PROBE...]` prints {probe: what it got}.
 
 A probe is code that leaves a truthy `got` when it reached what it must not. Probes of one kind run in one box; those
-that would take the box down with them each have their own. `HOST` is what the host put in their way.
+that would take the box down with them each have their own. `HOST` is what the host put in their way. Some escapes only
+the host can see: a file that appears on its disk, a byte on its terminal, a process that lives on.
+
+Level `unsafe-none` with named probes shows that these can get something. Never all of them: some would harm the user
+that they run as.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from glmctl.recipe.schema import SandboxSpec
 from glmctl.rl.sandbox import boxes
+
+MEMORY_MB = 256
 
 QUIET = {
     # ---- network
@@ -62,6 +72,28 @@ QUIET = {
     "kernel memory": "got=open('/dev/mem','rb').read(1)",
     "kernel messages": "got=open('/dev/kmsg').read(1)",
     "host shared memory": "got=[n for n in os.listdir('/dev/shm') if n==HOST['shm']]",
+    # what a harness does that collects files: looks, and then opens what is no longer what it looked at
+    "symlink swap in outputs":
+        "import shutil; place='/tmp/outputs-'+CANARY; os.mkdir(place); out=place+'/answer'; open(out, 'w').write('x')\n"
+        "plain=os.path.isfile(out) and not os.path.islink(out)\n"
+        "os.symlink(HOST['secret'], place+'/link'); os.rename(place+'/link', out)\n"
+        "try: got=plain and CANARY in open(out).read()\n"
+        "finally: shutil.rmtree(place)",
+    "symlink swap of the folder of outputs":
+        "place='/tmp/folder-'+CANARY; os.mkdir(place); plain=os.path.isdir(place); os.rmdir(place)\n"
+        "os.symlink(os.path.dirname(HOST['secret']), place)\n"
+        "try: got=plain and CANARY in open(place+'/secret').read()\n"
+        "finally: os.unlink(place)",
+    # forced writes pass by the page's protection: into the file itself, if a kernel is broken or the file was ours
+    "/proc/self/mem":
+        "libc.mmap.restype=ctypes.c_void_p; libc.mmap.argtypes=[ctypes.c_void_p]+[ctypes.c_long]*5\n"
+        "for path, mode, pages, share in ((HOST['secret'], os.O_RDWR, 3, 1), ('/usr/lib/os-release', 0, 1, 1),\n"
+        "                                 ('/usr/lib/os-release', 0, 1, 2)):\n"
+        "  try:\n"
+        "    f=os.open(path, mode); old=os.pread(f, 1, 0); at=libc.mmap(None, 4096, pages, share, f, 0)\n"
+        "    mem=os.open('/proc/self/mem', os.O_RDWR); os.pwrite(mem, b'!', at)\n"
+        "    got=got or os.pread(os.open(path, os.O_RDONLY), 1, 0)==b'!'; os.pwrite(mem, old, at)\n"
+        "  except OSError: pass",
     # ---- kernel interfaces
     "sysctl": "open('/proc/sys/vm/stat_interval','w').write('1'); got=1",
     "core pattern": "open('/proc/sys/kernel/core_pattern','w').write('|/bin/sh'); got=1",
@@ -131,9 +163,18 @@ LOUD = {
     "full disk": "import itertools\ntry:\n  for i in itertools.count():\n    f=open(f'/tmp/{i}','wb')\n"
     "    f.write(b'x'*(8<<20)); f.close()\n    if i>40: break\nexcept OSError: pass\n"
     "got=sum(os.path.getsize('/tmp/'+n) for n in os.listdir('/tmp'))>200<<20",
-    "many files": "n=0\ntry:\n  while n<100000: open(f'/tmp/{n}','w').close(); n+=1\nexcept OSError: pass\n",
-    "deep recursion": "import sys\nsys.setrecursionlimit(10**9)\ndef f(): f()\nf()",
-    "terminal escapes": "os.write(1, b'\\x1b]0;owned\\x07\\x1b[2J')",
+    # the host looks for them on its own disks: inside, they are the box's own affair
+    "many files": "for place in ('/tmp', '/var/tmp', '/dev/shm', '/run', os.path.dirname(HOST['secret'])):\n  try:\n"
+    "    for n in range(HOST['files']): open(f'{place}/{CANARY}-{n}','w').close()\n  except OSError: pass\n",
+    # each frame takes memory, and the limit must end it; it looks on the way, for it may end in a segmentation fault
+    "deep recursion": "import resource\nsys.setrecursionlimit(10**9)\ndef f(n):\n"
+    "  if n%10000==0 and resource.getrusage(0).ru_maxrss>HOST['memory_mb']<<10: os.write(1, b'GOT'); os._exit(0)\n"
+    "  f(n+1)\nf(1)",
+    # they are data in the output, and harm where a terminal shows them: the host listens on one
+    "terminal escapes": "text=b'\\x1b]0;owned\\x07\\x1b[2J'\n"
+    "for path in ('/dev/tty', HOST['tty'], *(f'/proc/{os.getppid()}/fd/{n}' for n in (0, 2))):\n"
+    "  try: os.open(path, os.O_WRONLY|os.O_NOCTTY|os.O_NONBLOCK)\n  except OSError: pass\n"
+    "for f in range(256):\n  try: os.write(f, text)\n  except OSError: pass\n",
 }  # fmt: skip
 
 PRELUDE = """import ctypes, json, os, socket, sys, time
@@ -166,8 +207,40 @@ def marked(needle: str) -> list[str]:
     return hits
 
 
-def main(level: str) -> None:
-    """Set the scene, run every probe, look at what is left."""
+def shown(terminal: int) -> bytes:
+    """What has been written to the other side of a terminal."""
+    return os.read(terminal, 1 << 16) if select.select([terminal], [], [], 0)[0] else b""
+
+
+@contextmanager
+def sitting_at(terminal: int) -> Iterator[None]:
+    """Its descriptors 0 and 2 inside the `with`, as in a user's shell; 1 is where the findings go."""
+    kept = {descriptor: os.dup(descriptor) for descriptor in (0, 2)}
+    for descriptor in kept:
+        os.dup2(terminal, descriptor)
+    try:
+        yield
+    finally:
+        for descriptor, copy in kept.items():
+            os.dup2(copy, descriptor)
+            os.close(copy)
+
+
+def left_files(canary: str, place: Path) -> list[Path]:
+    """Files on the host's disks that a probe named after the canary; they are removed."""
+    places = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"), Path("/run"), place)
+    found = [path for folder in places for path in folder.glob(f"{canary}-*")]
+    for path in found:
+        path.unlink()
+    return found
+
+
+def main(level: str, names: list[str]) -> None:
+    """Set the scene, run every probe (or those named), look at what is left."""
+    quiet = {name: code for name, code in QUIET.items() if not names or name in names}
+    loud = {name: code for name, code in LOUD.items() if not names or name in names}
+    unprotected = level == "unsafe-none"
+    assert names or not unprotected, "all of them, unprotected, would harm the user they run as"
     canary = "canary-" + os.urandom(8).hex()
     os.environ["GLMCTL_PROBE"] = canary
     place = Path(tempfile.mkdtemp(prefix="escape-"))
@@ -191,12 +264,16 @@ def main(level: str) -> None:
     shm = Path("/dev/shm") / canary
     shm.write_text("x")
     sleeper = subprocess.Popen(["sleep", "300"])
+    screen, terminal = os.openpty()
+    os.chmod(os.ttyname(terminal), 0o666)
     host = {
         "tcp": listeners["tcp"].getsockname()[1], "tcp6": listeners["tcp6"].getsockname()[1],
         "udp": udp.getsockname()[1], "unix": str(place / "socket"), "abstract": canary, "secret": str(secret),
         "shm": canary, "pid": sleeper.pid, "trainer": os.getpid(), "checkout": str(Path(__file__).parents[2]),
+        "tty": os.ttyname(terminal), "memory_mb": MEMORY_MB, "files": 100 if unprotected else 100_000,
     }  # fmt: skip
-    spec = SandboxSpec(level=level, wall_seconds=3.0, memory_mb=256, processes=32)  # type: ignore[arg-type]
+    memory_mb = 2 * MEMORY_MB if unprotected else MEMORY_MB
+    spec = SandboxSpec(level=level, wall_seconds=3.0, memory_mb=memory_mb, processes=32)  # type: ignore[arg-type]
     limits = (
         "import resource\n"
         "for n, v in json.loads(sys.argv[1]).items():\n"
@@ -209,18 +286,23 @@ def main(level: str) -> None:
         return boxes.run(argv, json.dumps([canary, host, probes]).encode() + b"\n", spec)
 
     try:
-        done = run(LOOP, QUIET)
+        done = run(LOOP, quiet)
         found = json.loads(done.output)
-        assert found.keys() == QUIET.keys(), done.errors
-        for name, code in LOUD.items():
+        assert found.keys() == quiet.keys(), done.errors
+        for name, code in loud.items():
             began = time.monotonic()
-            done = run(code + "\nimport json\nif 'got' in globals() and got: os.write(1, b'GOT')\n", {})
+            with sitting_at(terminal):
+                done = run(code + "\nimport json\nif 'got' in globals() and got: os.write(1, b'GOT')\n", {})
             seconds = time.monotonic() - began
             found[name] = "GOT" if done.output.endswith(b"GOT") else ""
             if seconds > spec.wall_seconds + 1.5:
                 found[name] = f"held the run for {seconds:.1f} s"
             if survivors := marked(canary):
                 found[name] = f"left processes {survivors}"
+            if text := shown(screen):
+                found[name] = f"wrote {text[:40]!r} to a terminal"
+            if files := left_files(canary, place):
+                found[name] = f"left {len(files)} files, such as {files[0]}"
         if secret.read_text() != canary or oct(secret.stat().st_mode)[-3:] != "666":
             found["the secret is as it was"] = "changed"
         if sleeper.poll() is not None:
@@ -236,7 +318,8 @@ def main(level: str) -> None:
         sleeper.kill()
         sleeper.wait()
         shm.unlink()
+        shutil.rmtree(place)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2:])

@@ -14,7 +14,7 @@ import pytest
 from glmctl.errors import EnvironmentProblem
 from glmctl.recipe.schema import SandboxSpec
 from glmctl.rl.environment import InfrastructureFailure
-from glmctl.rl.sandbox import boxes, execute, seccomp
+from glmctl.rl.sandbox import boxes, execute, judge, seccomp
 from glmctl.rl.sandbox.execute import run_tests, sandbox
 
 ROOT = Path(__file__).parents[2]
@@ -22,9 +22,9 @@ OFFERED = [level for level in ("B", "C") if not boxes.missing(level)]
 pytestmark = pytest.mark.skipif(not OFFERED, reason="this machine offers no sandbox: see `glmctl doctor`")
 
 
-def corpus(level: str, uid: int) -> dict[str, str]:
-    """The corpus of probes as a program of its own, run as `uid`."""
-    command = [sys.executable, str(ROOT / "tests/faults/escape_corpus.py"), level]
+def run_as(uid: int, *words: str) -> subprocess.CompletedProcess[str]:
+    """Python with `words`, run as `uid`, with this checkout to import."""
+    command = [sys.executable, *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
     if uid != os.getuid():
         # an interpreter in root's home is out of reach for others; the system's takes the same packages
@@ -32,11 +32,16 @@ def corpus(level: str, uid: int) -> dict[str, str]:
         environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{packages}", "PYTHONDONTWRITEBYTECODE": "1"}
         if bwrap := boxes.bubblewrap():
             environment["GLMCTL_BWRAP"] = bwrap
-        command = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", boxes.INTERPRETER, *command[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+        command = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", boxes.INTERPRETER, *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+
+
+def corpus(level: str, uid: int, *names: str) -> dict[str, str]:
+    """The corpus of probes, or those named, as a program of its own, run as `uid`."""
+    done = run_as(uid, str(ROOT / "tests/faults/escape_corpus.py"), level, *names)
     assert done.returncode == 0, done.stderr
     found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) >= 60
+    assert len(found) >= (60 if not names else len(names))
     return found
 
 
@@ -56,8 +61,47 @@ def test_no_probe_escapes_as_a_user(level: str) -> None:
     assert escaped == {}
 
 
+def test_probes_that_the_kernel_or_the_host_answers_can_fail() -> None:
+    """Where nothing holds them they escape, so that in a box their silence says something."""
+    names = {
+        "symlink swap in outputs",
+        "symlink swap of the folder of outputs",
+        "/proc/self/mem",
+        "many files",
+        "deep recursion",
+        "terminal escapes",
+    }
+    found = corpus("unsafe-none", os.getuid(), *names)
+    assert {name for name, got in found.items() if got} >= names
+
+
 CASES = [([1, 2], 3), ([4, 5], 9), ([0, 0], 0), ([-1, 1], 0)]
 HONEST = "def add(a, b):\n    return a + b\n"
+
+WRITES = """import json, os, sys
+frame = sys._getframe()
+while 'task' not in frame.f_locals: frame = frame.f_back
+task = frame.f_locals['task']
+def write(text):
+    os.write(frame.f_locals['out'], text.encode())
+    os._exit(1)
+"""
+"""a candidate that writes on the descriptor of the results"""
+
+# a masked sample is no zero, so a sample that is about to fail would like to be one
+MASKING = {
+    "fails like a launcher": "import os, sys\nfor p in ('self', '1', os.getppid()):\n  for n in range(64):\n    try:\n"
+    "      f=os.open(f'/proc/{p}/fd/{n}', os.O_WRONLY|os.O_NONBLOCK)\n"
+    "      os.write(f, b'launcher: no memory\\nbwrap: no memory\\n')\n    except OSError: pass\n"
+    "sys.stderr.write('launcher: no memory')\nos._exit(1)",
+    "takes the nonce back": "import os\nfor n in range(64):\n  try:\n"
+    "    f=os.open(f'/proc/self/fd/{n}', os.O_RDONLY|os.O_NONBLOCK)\n    while os.read(f, 65536): pass\n"
+    "  except OSError: pass\nos._exit(1)",
+    "fails like an interpreter": "import os\nos.write(2, b'Traceback (most recent call last):\\n')\nos._exit(1)",
+    "ends the box": "import os\nfor p in (os.getppid(), 1, -1):\n  try: os.kill(p, 9)\n  except OSError: pass",
+    "results that end the judge": WRITES + "write('['+'['*991+'1'+']'*991+',1,1]')",
+    "half a character": WRITES + "os.write(frame.f_locals['out'], bytes(range(128, 256))); write('[')",
+}
 
 HACKS = {
     "equal to everything": "class E(int):\n  def __eq__(s, o): return True\n  def __hash__(s): return 0\n"
@@ -75,12 +119,9 @@ HACKS = {
     "prints a verdict": 'print(\'{"passed": 4, "total": 4}\')\ndef add(a, b): return 99',
     "writes a verdict to every descriptor": "import os\nfor f in range(64):\n"
     '  try: os.write(f, b\'{"passed": 4, "total": 4}\')\n  except OSError: pass\ndef add(a, b): return 99',
-    "steals the nonce and writes results": "import sys, os, json\nf=sys._getframe()\nwhile f:\n"
-    "  t=f.f_locals.get('task')\n  if t:\n    out=f.f_locals['out']\n"
-    "    os.write(out, (t['nonce']+json.dumps([['value',['int',99]]]*4)).encode())\n"
-    "    os._exit(0)\n  f=f.f_back\n",
-    "results of another length": "import sys, os, json\nf=sys._getframe()\nwhile f:\n  t=f.f_locals.get('task')\n"
-    "  if t:\n    os.write(f.f_locals['out'], (t['nonce']+'[]').encode())\n    os._exit(0)\n  f=f.f_back\n",
+    "writes results itself": WRITES + "write(json.dumps([['value',['int',99]]]*3))",
+    "steals the nonce and writes results": WRITES + "write(task['nonce']+json.dumps([['value',['int',99]]]*3))",
+    "results of another length": WRITES + "write('[]')",
     "replaces json": 'import json\njson.dumps=lambda *a, **k: \'[["value",["int",3]]]\'\ndef add(a, b): return 99',
     "replaces the encoder": "import sys\nsys.modules['__main__'].plain=lambda v, d=0: ['int', 3]\n"
     "def add(a, b): return 99",
@@ -107,12 +148,26 @@ HACKS = {
 }
 
 
-@pytest.mark.parametrize("name", HACKS)
+@pytest.mark.parametrize("name", [*HACKS, *MASKING])
 def test_no_hack_passes_a_test(name: str) -> None:
     with sandbox(SandboxSpec(level=OFFERED[0], wall_seconds=2.0)):
         # 3 is an answer that some hacks know, so it is not among the expected ones
-        found = run_tests(HACKS[name], "add", [([4, 5], 9), ([10, 7], 17), ([-1, -1], -2)])
+        found = run_tests({**HACKS, **MASKING}[name], "add", [([4, 5], 9), ([10, 7], 17), ([-1, -1], -2)])
     assert (found.passed, found.total) == (0, 3)
+
+
+@pytest.mark.parametrize("level", OFFERED)
+def test_nor_is_one_masked_that_owns_the_pipes(level: str) -> None:
+    """Without root the candidate runs as our own user, which may open either end of any pipe that it can name."""
+    program = (
+        "import json, sys\n"
+        "from glmctl.recipe.schema import SandboxSpec\n"
+        "from glmctl.rl.sandbox.execute import run_tests, sandbox\n"
+        "with sandbox(SandboxSpec(level=sys.argv[1], wall_seconds=2.0)):\n"
+        "  for code in json.loads(sys.argv[2]): print(run_tests(code, 'add', [([4, 5], 9)]).passed)\n"
+    )
+    done = run_as(os.getuid() or 1000, "-c", program, level, json.dumps([HONEST, *MASKING.values()]))
+    assert done.stdout.split() == ["1", *["0"] * len(MASKING)], done.stderr
 
 
 @pytest.mark.parametrize("level", OFFERED)
@@ -138,6 +193,67 @@ def test_types_count_and_cases_do_not_touch_each_other() -> None:
         assert run_tests("def f(x):\n    return x\n", "f", mixed).passed == len(mixed)
         assert run_tests("def f(x):\n    return tuple(x)\n", "f", [([[1]], [1])]).passed == 0
         assert run_tests("def f(x):\n    return tuple(x)\n", "f", [([[1]], (1,))]).passed == 1
+
+
+def above_nofile(*args: object, **kwargs: object) -> dict[str, int]:
+    """A limit that the kernel refuses even to root."""
+    return {"RLIMIT_NOFILE": 1 << 40}
+
+
+@pytest.mark.parametrize("level", OFFERED)
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "said"),
+    [
+        (boxes, "_rlimits", above_nofile, "launcher: .*maximum limit"),
+        (boxes, "limits_inside", above_nofile, "ValueError: .*maximum limit"),
+        (boxes, "limits_inside", lambda spec: {"RLIMIT_OF_NOTHING": 1}, "AttributeError"),
+        (boxes, "INTERPRETER", "/usr/bin/python-that-is-not-there", "No such file"),
+        (boxes, "INTERPRETER", "/usr/bin/false", "exit code 1"),
+        (boxes, "INTERPRETER", "/usr/bin/echo", "exit code 0"),
+        (sys, "executable", "/nonexistent/python", "No such file"),
+    ],
+)
+def test_a_box_that_fails_before_the_candidates_code_is_infrastructure(
+    monkeypatch: pytest.MonkeyPatch, level: str, owner: object, name: str, value: object, said: str
+) -> None:
+    monkeypatch.setattr(owner, name, value)
+    with sandbox(SandboxSpec(level=level)), pytest.raises(InfrastructureFailure, match=said):
+        run_tests(HONEST, "add", CASES)
+
+
+def test_a_box_that_is_not_ready_in_time_is_infrastructure() -> None:
+    """The greeting is waited for with stdin open, or this program would get to the end of it and greet."""
+    program = "import sys; sys.stdin.readline(); sys.stdin.read(); sys.stdout.write('ready')"
+    argv = [boxes.INTERPRETER, "-I", "-S", "-c", program]
+    spec = SandboxSpec(level=OFFERED[0], wall_seconds=1.0)
+    with pytest.raises(InfrastructureFailure, match="not ready within 1 s"):
+        boxes.run(argv, b"line\n", spec, greeting=b"ready")
+    assert boxes.run(argv, b"line\n", spec).output == b"ready"
+
+
+def test_the_candidates_code_is_loaded_when_stdin_ends() -> None:
+    task = {"code": HONEST, "entry": "add", "calls": ["[1, 2]"], "nonce": "n" * 32, "rlimits": {}}
+    process = subprocess.Popen(
+        [boxes.INTERPRETER, "-I", "-S", str(ROOT / "glmctl/rl/sandbox/candidate.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps(task).encode() + b"\n")
+    process.stdin.flush()
+    assert process.stdout.read(32) == b"n" * 32
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    assert process.communicate()[0] == b'[["value", ["int", 3]]]'
+
+
+def test_no_results_end_the_judge() -> None:
+    """A judge that dies masks the sample, so whatever a candidate writes, it must come to a verdict."""
+    for depth in range(1, 1100):
+        for start, end in ("[", "]"), ('{"a":', "}"):
+            output = f"n[{start * depth}1{end * depth}]"
+            assert judge.verdict(output, "n", [["int", 1]]) == {"passed": 0, "total": 1}
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,10 @@ def recipe(**changes: Any) -> AgenticRecipe:
 
 
 class Replies(ThreadingHTTPServer):
-    """An OpenAI-compatible server that answers what `reply(body)` says: a message, or its text."""
+    """An OpenAI-compatible server that answers what `reply(body)` says: a message, its text, or an error's status.
+
+    A message may bring the `finish_reason` that goes beside it.
+    """
 
     def __init__(self, reply: Callable[[dict[str, Any]], Any]) -> None:
         self.reply, self.asked = reply, []
@@ -52,14 +55,26 @@ class Replies(ThreadingHTTPServer):
         return {"type": "endpoint", "url": f"http://127.0.0.1:{self.server_port}/v1", "model": "m"}
 
 
+BROKEN = {
+    "answer": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nhalf",
+    "error": b"HTTP/1.1 500 Oh\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nhalf",
+    "status": b"what?\r\n\r\n",
+    "silence": b"",
+}
+"""what a server may say before its connection is gone"""
+
+
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         server: Any = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server.asked.append(body)
         said = server.reply(body)
+        if isinstance(said, int):
+            self.answer(said, {})
+            return
         message = {"role": "assistant", **(said if isinstance(said, dict) else {"content": said})}
-        choice = {"index": 0, "finish_reason": "stop", "message": message}
+        choice = {"index": 0, "finish_reason": message.pop("finish_reason", "stop"), "message": message}
         self.answer(200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
 
     def do_GET(self) -> None:
@@ -67,6 +82,8 @@ class Handler(BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         if path == "/items/none":
             self.answer(404, {"detail": "no such item"})
+        elif path.startswith("/items/broken"):
+            self.wfile.write(BROKEN[path.removeprefix("/items/broken-")])
         else:
             said = {"query": query, "trace": self.headers["X-Trace"], "key": self.headers["Authorization"]}
             self.answer(200, {"item": path.rsplit("/", 1)[-1], **said})
@@ -198,6 +215,55 @@ def test_operations_of_an_openapi_document_are_declared_and_called(
     path.write_text("swagger: '2.0'")
     with pytest.raises(DataError, match="not an OpenAPI 3 document"):
         OpenApiToolbox(OpenApiTools(path=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("operation", "arguments", "why"),
+    [
+        ("get_item", {"id": "a", "X-Trace": "a\nb"}, "Invalid header value"),
+        ("get_item", {"id": "a", "X-Trace": "\N{SNOWMAN}"}, "'latin-1' codec can't encode"),
+        ("get_item", {"id": "\ud800"}, "surrogates not allowed"),
+        ("get_item", {"id": "a", "size": "\ud800"}, "surrogates not allowed"),
+        ("a_gap", {}, "URL can't contain control characters"),
+    ],
+)
+def test_what_no_request_can_hold_is_an_error_that_the_model_reads(
+    operation: str, arguments: dict[str, Any], why: str, serve: Any, tmp_path: Path
+) -> None:
+    """Such a value, and then the same connection answers a good one: nobody died."""
+    paths = {**DOCUMENT["paths"], "/a gap": {"get": {"operationId": "a_gap"}}}
+    path = tmp_path / "api.json"
+    path.write_text(json.dumps({**DOCUMENT, "paths": paths}))
+    url = f"http://127.0.0.1:{serve(lambda body: 'made').server_port}"
+    box = OpenApiToolbox(OpenApiTools(path=str(path), base_url=url))
+    said = box.call(operation, arguments)
+    assert said.startswith("error: ")
+    assert why in said
+    assert json.loads(box.call("get_item", {"id": "a"}))["item"] == "a"
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_an_answer_that_breaks_off_is_a_server_that_died(how: str, serve: Any, tmp_path: Path) -> None:
+    path = tmp_path / "api.json"
+    path.write_text(json.dumps(DOCUMENT))
+    url = f"http://127.0.0.1:{serve(lambda body: 'made').server_port}"
+    box = OpenApiToolbox(OpenApiTools(path=str(path), base_url=url))
+    with pytest.raises(ToolboxDied, match="does not answer"):
+        box.call("get_item", {"id": f"broken-{how}"})
+
+
+def test_a_key_or_server_that_no_request_can_hold_is_said_before_any_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never as a tool's answer, where the model and then the data would hold the key."""
+    path = tmp_path / "api.json"
+    path.write_text(json.dumps(DOCUMENT))
+    monkeypatch.setenv("LIBRARY_KEY", "secret\n")
+    with pytest.raises(RecipeError, match="LIBRARY_KEY: ") as found:
+        OpenApiToolbox(OpenApiTools(path=str(path), base_url="http://x", api_key_env="LIBRARY_KEY"))
+    assert "secret" not in str(found.value)
+    with pytest.raises(RecipeError, match="'http://x:port' is no address of a server"):
+        OpenApiToolbox(OpenApiTools(path=str(path), base_url="http://x:port"))
 
 
 @pytest.mark.slow
@@ -340,6 +406,76 @@ def test_a_model_writes_tasks_plays_teacher_user_and_tools_and_judges(serve: Any
     assert [message["role"] for message in rome.messages] == ["user", "assistant", "tool", "assistant"]
     assert oslo.messages[2]["content"] == "rain"
     assert oslo.messages[1]["reasoning_content"] == "look"
+
+
+def _two_turns(folder: Path) -> list[str]:
+    """Two tasks without a script."""
+    path = folder / "two.jsonl"
+    path.write_text("".join(json.dumps({"id": name, "prompt": f"Greet {name}"}) + "\n" for name in ("Ann", "Ben")))
+    return [str(path)]
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ({"content": "I would also", "finish_reason": "length"}, "the turn used up its tokens"),
+        ("", "an empty answer"),
+        (" \n", "an empty answer"),
+    ],
+    ids=["cut", "empty", "blank"],
+)
+def test_a_simulated_user_who_loses_the_format_ends_one_trajectory_only(
+    said: Any, why: str, serve: Any, tmp_path: Path
+) -> None:
+    def reply(body: dict[str, Any]) -> Any:
+        if not str(body["messages"][-1]["content"]).startswith("You play a person"):
+            return "Hello!"
+        return said if "Greet Ann" in body["messages"][-1]["content"] else "DONE"
+
+    actor = serve(reply).actor
+    summary = execute(
+        recipe(tools=[SHAPES], tasks=_two_turns(tmp_path), teacher=actor, user=actor, enable_thinking=False),
+        tmp_path / "run",
+    )
+    assert (summary["kept"], summary["rejected"]) == (1, {"broken off": 1})
+    rejected = json.loads((tmp_path / "run/export/rejections.json").read_text())
+    assert rejected["broken off"]["example"]["task"] == "Ann"
+    assert rejected["broken off"]["example"]["why"] == f"the user simulator: {why}"
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_what_was_played_before_a_judge_went_away_is_judged_and_not_played_again(
+    concurrency: int, serve: Any, tmp_path: Path
+) -> None:
+    played: list[str] = []
+    away = True
+
+    def reply(body: dict[str, Any]) -> Any:
+        text = body["messages"][-1]["content"]
+        if text.startswith("Judge whether"):
+            return 503 if away else "Never greeted.\nno" if "Greet Ann" in text else "Greeted.\nyes"
+        played.append(text)
+        return f"Hello! ({len(played)})"
+
+    actor = serve(reply).actor
+    made = recipe(
+        tools=[SHAPES],
+        tasks=_two_turns(tmp_path),
+        teacher=actor,
+        judges=[{"type": "rules"}, {"type": "model", "judge": actor}],
+        concurrency=concurrency,
+    )
+    with pytest.raises(EnvironmentProblem, match="does not answer"):
+        execute(made, tmp_path / "run")
+    kept = MetricsLog(tmp_path / "run/trajectories.jsonl").rows()
+    assert len(kept) == len(played) == concurrency
+    away = False
+    summary = execute(made, tmp_path / "run")
+    assert sorted(played) == ["Greet Ann", "Greet Ben"], "each was played once"
+    assert (summary["kept"], summary["rejected"]) == (1, {"judge 2": 1})
+    assert MetricsLog(tmp_path / "run/trajectories.jsonl").rows()[:concurrency] == kept
+    votes = {row["task"]: row["votes"] for row in MetricsLog(tmp_path / "run/votes.jsonl").rows()}
+    assert votes == {"Ann": {"judge 1": "", "judge 2": "Never greeted.\nno"}, "Ben": {"judge 1": "", "judge 2": ""}}
 
 
 def test_our_own_environments_give_tasks_scripts_and_verdicts(tmp_path: Path) -> None:

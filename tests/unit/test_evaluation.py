@@ -336,9 +336,9 @@ def test_a_task_without_problem_files_asks_the_same_set_every_time(template: Cha
             "glmctl_arithmetic": "0747ac4f",
             "glmctl_code": "5b37e600",
             "glmctl_tool_use": "ad1d0c64",
-            "glmctl_instructions": "0d5eb2d7",
+            "glmctl_instructions": "b679088a",
         },
-        2.0,
+        3.0,
     )
 
 

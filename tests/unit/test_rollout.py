@@ -18,11 +18,13 @@ from glmctl.errors import DataError, EnvironmentProblem, RecipeError
 from glmctl.kernels.linear_cross_entropy import token_log_probs
 from glmctl.model.config import ModelConfig
 from glmctl.model.network import GlmMoe
-from glmctl.recipe.schema import ArithmeticTask, Sampling, ToolUseTask
+from glmctl.recipe.schema import ArithmeticTask, CodeCallsTask, InstructionsTask, Sampling, ToolUseTask
 from glmctl.rl import episode as episode_module
-from glmctl.rl.environment import InfrastructureFailure, Problem, StopReason, Transition
+from glmctl.rl import tasks
+from glmctl.rl.environment import InfrastructureFailure, Problem, StopReason, Transition, require_one_id_each
 from glmctl.rl.episode import Trajectory
 from glmctl.rl.rollout import rollout
+from glmctl.rl.score import load_heldout
 from glmctl.rl.tasks import arithmetic, demonstrate, tool_use
 
 
@@ -267,3 +269,20 @@ def test_behaviour_log_probs_are_the_trainers(template, model) -> None:
         targets = torch.tensor(one.tokens)[made]
         logp = token_log_probs(hidden[made - 1], model.head_weight, targets, temperature=0.7)
         assert torch.allclose(logp, torch.tensor(one.logprobs)[made], atol=1e-4)
+
+
+def test_one_id_names_one_problem(tmp_path) -> None:
+    """Prompts are remembered, draws made and journals kept by id: two problems under one would be mixed up."""
+    rows = [Problem("p/1", "arithmetic", f"Compute 1+{n}.", 1 + n).to_row() for n in (1, 2)]
+    (tmp_path / "easy.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[0]) + "\n")
+    (tmp_path / "hard.jsonl").write_text(json.dumps(rows[1]) + "\n")
+    assert len(load_heldout([tmp_path / "easy.jsonl"], None)) == 2, "the same problem may occur twice"
+    with pytest.raises(DataError, match=r"two problems have the id 'p/1': 'Compute 1\+1\.' and 'Compute 1\+2\.'"):
+        load_heldout([tmp_path / "easy.jsonl", tmp_path / "hard.jsonl"], None)
+
+
+@pytest.mark.parametrize("task", [InstructionsTask(constraints=1), CodeCallsTask(lines=(1, 2))])
+def test_two_files_of_one_generator_can_be_read_together(task) -> None:
+    made = [one for seed in (0, 1) for one in tasks.generate(task, 30, random.Random(seed))]
+    require_one_id_each(made)
+    assert len({one.id for one in made}) == len({one.prompt for one in made}) > 30

@@ -1,7 +1,8 @@
 """Agentic SFT data in the report's four steps (GLM-4.5 report section 3.1; spec section 3.1).
 
-Tools are collected, tasks made, trajectories played and judged. Every finished trajectory is written down at once
-(`trajectories.jsonl`), so a run that was stopped goes on without playing any of them twice.
+Tools are collected, tasks made, trajectories played and judged. A trajectory is written down once it is played
+(`trajectories.jsonl`), its votes once it is judged (`votes.jsonl`), so a run that was stopped goes on without playing
+any of them twice.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from glmctl import console
 from glmctl.data.conversations import Conversation
 from glmctl.distill.agentic.actors import Actor, open_speaker
+from glmctl.distill.agentic.journal import Journal
 from glmctl.distill.agentic.judges import by_model, by_rules, rejections
 from glmctl.distill.agentic.play import AgentTrajectory, play
 from glmctl.distill.agentic.script import Script
@@ -32,7 +34,6 @@ from glmctl.rl.seeds import derive_seed
 from glmctl.rl.tasks import demonstrate
 from glmctl.run import atomic
 from glmctl.run.directory import Run
-from glmctl.run.metrics import MetricsLog
 from glmctl.run.signals import StopFlag
 
 Job = tuple[AgentTask, int]
@@ -63,10 +64,10 @@ def run(recipe: AgenticRecipe, run: Run) -> dict[str, Any]:
             benches.append(Workbench(recipe.tools, simulator))
             opened.callback(benches[-1].close)
         tasks = _tasks(recipe, benches[0], run.path)
-        log = MetricsLog(run.path / "trajectories.jsonl")
-        found = {(row["task"], row["sample"]): AgentTrajectory(**row) for row in log.rows()}
+        journal = Journal(run.path)
+        found = journal.read()
         jobs = [(task, sample) for task in tasks for sample in range(recipe.samples_per_task)]
-        _play_all(recipe, jobs, found, log, benches, _cast(recipe))
+        _play_all(recipe, jobs, found, journal, benches, _cast(recipe))
     return _publish(run, benches[0], tasks, [found[task.id, sample] for task, sample in jobs])
 
 
@@ -74,28 +75,38 @@ def _play_all(
     recipe: AgenticRecipe,
     jobs: Sequence[Job],
     found: dict[tuple[str, int], AgentTrajectory],
-    log: MetricsLog,
+    journal: Journal,
     benches: Sequence[Workbench],
     cast: Cast,
 ) -> None:
-    """Play and judge what is missing from `found`, `concurrency` at a time; what is finished stays in the log."""
+    """Play what is missing from `found` and judge what has no votes there, `concurrency` at a time."""
     free: queue.SimpleQueue[Workbench] = queue.SimpleQueue()
     for bench in benches:
         free.put(bench)
 
     def work(job: Job) -> AgentTrajectory:
-        bench = free.get()
-        try:
-            return one(recipe, *job, bench, cast)
-        finally:
-            free.put(bench)
+        task, sample = job
+        trajectory = found.get((task.id, sample))
+        if trajectory is None:
+            bench = free.get()
+            try:
+                trajectory = played(recipe, task, sample, bench, cast)
+            finally:
+                free.put(bench)
+            # before the judges are asked: one that does not answer must not cost what was played
+            journal.played(trajectory)
+        if not trajectory.problem:
+            trajectory.votes = {f"judge {at}": judge(task, trajectory) for at, judge in enumerate(cast.judges, 1)}
+            journal.judged(trajectory)
+        return trajectory
 
-    missing: Iterator[Job] = iter([job for job in jobs if (job[0].id, job[1]) not in found])
+    finished = {key for key, trajectory in found.items() if trajectory.finished}
+    missing: Iterator[Job] = iter([job for job in jobs if (job[0].id, job[1]) not in finished])
     running: set[Future[AgentTrajectory]] = set()
     failure: EnvironmentProblem | None = None
     with (
         StopFlag() as stop,
-        console.progress(recipe.name, len(jobs), unit="sample", start=len(found)) as bar,
+        console.progress(recipe.name, len(jobs), unit="sample", start=len(finished)) as bar,
         ThreadPoolExecutor(len(benches)) as pool,
     ):
         while True:
@@ -112,7 +123,6 @@ def _play_all(
                     raise error
                 else:
                     trajectory = future.result()
-                    log.append(trajectory.to_row())
                     found[trajectory.task, trajectory.sample] = trajectory
                     bar.advance(1, kept=sum(one.kept for one in found.values()))
     if failure is not None:
@@ -121,14 +131,14 @@ def _play_all(
         raise Interrupted(f"interrupted: {recipe.name}", exit_code=stop.raised, hint="the same command continues")
 
 
-def one(recipe: AgenticRecipe, task: AgentTask, sample: int, bench: Workbench, cast: Cast) -> AgentTrajectory:
-    """One judged trajectory. A server that dies meanwhile is started again and the task played from its beginning."""
+def played(recipe: AgenticRecipe, task: AgentTask, sample: int, bench: Workbench, cast: Cast) -> AgentTrajectory:
+    """One trajectory. A server that dies meanwhile is started again and the task played from its beginning."""
     teacher = cast.teacher or Script(task.script, task.id)
     while True:
         bench.begin()
         world: World = EnvironmentWorld(task.problem) if task.problem is not None else bench
         try:
-            found = play(
+            return play(
                 task,
                 sample,
                 world,
@@ -139,13 +149,9 @@ def one(recipe: AgenticRecipe, task: AgentTask, sample: int, bench: Workbench, c
                 thinking=recipe.enable_thinking,
                 seed=derive_seed(recipe.seed, "agentic", task.id, sample),
             )
-            break
         except ToolboxDied as error:
             # what was said so far goes: half a trajectory would teach that answers may be left out
             bench.revive(error)
-    if not found.problem:
-        found.votes = {f"judge {at}": judge(task, found) for at, judge in enumerate(cast.judges, 1)}
-    return found
 
 
 def _cast(recipe: AgenticRecipe) -> Cast:

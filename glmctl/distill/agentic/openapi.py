@@ -6,10 +6,11 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from http.client import HTTPException, InvalidURL
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.parse import quote, urlencode
+from urllib.error import HTTPError
+from urllib.parse import quote, urlencode, urlsplit
 from urllib.request import Request, urlopen
 
 import yaml
@@ -43,10 +44,16 @@ class OpenApiToolbox:
     """The operations of a document. What the server says, an error status included, is what the model reads."""
 
     def __init__(self, spec: OpenApiTools) -> None:
-        """RecipeError for a file that is not there or an unknown operation, DataError for what is no OpenAPI 3."""
+        """RecipeError for a file that is not there, an unknown operation, or a key or server that cannot be used.
+
+        DataError for what is no OpenAPI 3.
+        """
         document = _read(Path(spec.path))
         self._timeout = spec.timeout_seconds
         key = os.environ.get(spec.api_key_env) if spec.api_key_env else None
+        if key and not (key.isascii() and key.isprintable()):
+            # said here, for a call would say it with the key in it, and to the model
+            raise RecipeError(f"{spec.api_key_env}: its value cannot be sent in a header: a line break, or not ASCII")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._operations: dict[str, Operation] = {}
         self.tools: list[Tool] = []
@@ -63,11 +70,26 @@ class OpenApiToolbox:
         base = spec.base_url or servers[0].get("url", "")
         if not base.startswith(("http://", "https://")):
             raise RecipeError(f"{spec.path}: the document names no server; set base_url")
+        try:
+            _ = urlsplit(base).port
+        except ValueError as error:
+            raise RecipeError(f"{spec.path}: '{base}' is no address of a server: {error}") from error
         self._base = base.rstrip("/")
 
     def call(self, name: str, arguments: Arguments) -> str:
-        """See `Toolbox`."""
-        operation = self._operations[name]
+        """See `Toolbox`. What no request can hold (a line break in a header, say) is an error that the model reads."""
+        try:
+            return self._answer(self._request(self._operations[name], arguments))
+        except (ValueError, InvalidURL) as error:
+            return f"error: {error}"
+        except (OSError, HTTPException) as error:
+            raise ToolboxDied(f"{self._base} does not answer: {error!r}") from error
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _request(self, operation: Operation, arguments: Arguments) -> Request:
+        """ValueError for text that has no place in an address."""
         path, query, headers = operation.path, {}, {"Accept": "application/json", **self._headers}
         for key, place in operation.places.items():
             if key not in arguments:
@@ -84,7 +106,10 @@ class OpenApiToolbox:
         data = json.dumps(body).encode() if body else None
         if data is not None:
             headers["Content-Type"] = "application/json"
-        request = Request(url, data, headers, method=operation.method.upper())
+        return Request(url, data, headers, method=operation.method.upper())
+
+    def _answer(self, request: Request) -> str:
+        """What the server says. OSError or HTTPException when it breaks off, over an error status too."""
         try:
             with urlopen(request, timeout=self._timeout) as answer:
                 text: str = answer.read(MAX_ANSWER_BYTES).decode("utf-8", "replace")
@@ -92,11 +117,6 @@ class OpenApiToolbox:
         except HTTPError as error:
             said = error.read(MAX_ANSWER_BYTES).decode("utf-8", "replace")
             return f"error: HTTP {error.code}: {said}"
-        except (URLError, TimeoutError, ConnectionError) as error:
-            raise ToolboxDied(f"{self._base} does not answer: {error}") from error
-
-    def close(self) -> None:
-        """Nothing is held."""
 
     def _collect(self, document: Any, path: str, method: str, item: Any) -> None:
         """Declare one operation."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from glmctl.distill.agentic.actors import Actor, Malformed
 from glmctl.distill.agentic.tasks import AgentTask
@@ -32,9 +31,10 @@ class AgentTrajectory:
     votes: dict[str, str] = field(default_factory=dict)
     """judge -> "" when it passes, else its reason"""
 
-    def to_row(self) -> dict[str, Any]:
-        """JSON-able."""
-        return asdict(self)
+    @property
+    def finished(self) -> bool:
+        """It broke off, or the judges have voted."""
+        return bool(self.problem or self.votes)
 
     @property
     def kept(self) -> bool:
@@ -69,7 +69,11 @@ def play(
         found.verdict = world.answered(said)
         if turn + 1 == user_turns:
             break
-        follow_up = next_message(task, found.messages, user, turn + 1, derive_seed(seed, "user", turn))
+        try:
+            follow_up = next_message(task, found.messages, user, turn + 1, derive_seed(seed, "user", turn))
+        except Malformed as error:
+            found.problem = f"the user simulator: {error}"
+            return found
         if follow_up is None:
             break
         found.messages.append({"role": "user", "content": follow_up})
@@ -90,7 +94,10 @@ def _until_answer(
 
 
 def next_message(task: AgentTask, messages: Sequence[Message], user: Actor | None, turn: int, seed: int) -> str | None:
-    """What the person says next, None when they are content: by the script, else by the simulator."""
+    """What the person says next, None when they are content: by the script, else by the simulator.
+
+    Raises Malformed for a simulator that says nothing: that is neither a message nor the word that ends it.
+    """
     if task.script:
         return task.script[turn].get("user") if turn < len(task.script) else None
     if user is None:
@@ -108,4 +115,6 @@ def next_message(task: AgentTask, messages: Sequence[Message], user: Actor | Non
     )
     said = user.reply([{"role": "user", "content": request}], None, thinking=False, seed=seed)
     text = str(said.get("content") or "").strip()
-    return None if not text or text.strip(" .!\"'").endswith(DONE) else text
+    if not text:
+        raise Malformed("an empty answer")
+    return None if text.strip(" .!\"'").endswith(DONE) else text

@@ -46,7 +46,8 @@ def read_tasks(paths: Sequence[str]) -> list[AgentTask]:
         path = Path(name)
         if not path.is_file():
             raise RecipeError(f"{path}: no such file")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        # not splitlines, which also parts at characters that JSON leaves as they are
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
             if line.strip():
                 found.append(_task_of(line, f"{path.name}:{number}", f"{path}:{number}"))
     return found

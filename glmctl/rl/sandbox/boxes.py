@@ -112,11 +112,13 @@ def require(spec: SandboxSpec) -> None:
         )
 
 
-def run(argv: list[str], given: bytes, spec: SandboxSpec) -> Finished:
+def run(argv: list[str], given: bytes, spec: SandboxSpec, greeting: bytes = b"") -> Finished:
     """Run `argv` in a box of `spec.level` with `given` on its stdin; back only when nothing of it is left.
 
-    It is stopped after `spec.wall_seconds`, or when it has written more than 1 MiB. Raises InfrastructureFailure
-    when the box itself could not be made.
+    It is stopped after `spec.wall_seconds`, or when it has written more than 1 MiB. With a `greeting`, its stdin stays
+    open until that has come as the first of its output, and InfrastructureFailure is raised when it has not come. A
+    program that loads foreign code only after its stdin has ended is then told apart from a box that failed, whatever
+    that code does: the greeting is out of its reach.
     """
     number = next(_COUNTER)
     name = f"glmctl-{os.getpid()}-{number}"
@@ -148,11 +150,13 @@ def run(argv: list[str], given: bytes, spec: SandboxSpec) -> Finished:
             start_new_session=True,
         )
         try:
-            output, errors, whole = _talk(process, given, began + spec.wall_seconds)
+            output, errors, whole = _talk(process, given, greeting, began + spec.wall_seconds)
         finally:
             _end(process, drain=not folders)
-    if errors.startswith((b"launcher:", b"bwrap:")) and not output:
-        raise InfrastructureFailure(errors.decode(errors="replace").strip().splitlines()[-1])
+    if not output.startswith(greeting):
+        ended = f"exit code {process.returncode}" if whole else f"not ready within {spec.wall_seconds:g} s"
+        said = errors.decode(errors="replace").strip().splitlines() or [ended]
+        raise InfrastructureFailure(f"the box failed before the candidate's code was loaded: {said[-1]}")
     return Finished(output, errors, process.returncode if whole else None, time.monotonic() - began)
 
 
@@ -160,9 +164,10 @@ def limits_inside(spec: SandboxSpec) -> dict[str, int]:
     """The rlimits that the candidate's process sets on itself before the candidate's code is loaded.
 
     The number of processes belongs here: set before bubblewrap it would count, and stop, bubblewrap's own. Memory is
-    limited for each process apart, so where no control group bounds them together there is but one.
+    limited for each process apart, so where no control group bounds them together there is but one. An executor
+    elsewhere bounds them with a box of its own.
     """
-    processes = spec.processes if cgroups.parents() else 1
+    processes = spec.processes if spec.level == "http" or cgroups.parents() else 1
     return {"RLIMIT_NPROC": processes, "RLIMIT_AS": spec.memory_mb << 20, "RLIMIT_CORE": 0}
 
 
@@ -214,7 +219,9 @@ def _boxed(argv: list[str]) -> list[str]:
     return [*words, "--seccomp", "SECCOMP_FD", "--", *argv]
 
 
-def _talk(process: subprocess.Popen[bytes], given: bytes, deadline: float) -> tuple[bytes, bytes, bool]:
+def _talk(
+    process: subprocess.Popen[bytes], given: bytes, greeting: bytes, deadline: float
+) -> tuple[bytes, bytes, bool]:
     """Feed stdin, collect both outputs, up to the deadline and the cap; the flag says whether it ended by itself."""
     assert process.stdin is not None
     assert process.stdout is not None
@@ -228,10 +235,10 @@ def _talk(process: subprocess.Popen[bytes], given: bytes, deadline: float) -> tu
         os.set_blocking(process.stdin.fileno(), False)
         if given:
             ready.register(process.stdin, selectors.EVENT_WRITE)
-        else:
-            process.stdin.close()
         whole = False
         while not whole:
+            if not given and collected[process.stdout.fileno()].startswith(greeting):
+                process.stdin.close()
             left = deadline - time.monotonic()
             if left <= 0:
                 break
@@ -265,7 +272,6 @@ def _feed(stdin: Any, given: bytes, ready: selectors.BaseSelector) -> bytes:
         given = b""
     if not given:
         ready.unregister(stdin)
-        stdin.close()
     return given
 
 

@@ -3,6 +3,9 @@
 Given to the box's interpreter with `-c`, so it imports the standard library only. It knows the inputs and never the
 expected outputs: comparing is the judge's business, in another process. Nothing it writes is believed: the bytes are
 data that the judge compares.
+
+The nonce is written before the candidate's code is loaded, and the code is loaded when stdin ends. Whoever ends it only
+after reading the nonce knows: without a nonce the box failed, with one whatever follows is the candidate's own doing.
 """
 
 from __future__ import annotations
@@ -40,6 +43,9 @@ def main() -> None:
         resource.setrlimit(getattr(resource, name), (value, value))
     out = os.dup(1)
     null = os.open("/dev/null", os.O_RDWR)
+    os.write(out, task["nonce"].encode())
+    # a candidate of the same user could open the pipe's other side and take back a nonce that nobody has read yet
+    sys.stdin.buffer.read()
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
     results = []
@@ -56,7 +62,7 @@ def main() -> None:
                 results.append(["value", plain(function(*json.loads(call)))])
             except BaseException as error:  # noqa: BLE001 - as above
                 results.append(["error", type(error).__name__])
-    os.write(out, (task["nonce"] + json.dumps(results)).encode())
+    os.write(out, json.dumps(results).encode())
     os._exit(0)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.resources
 import json
 import os
 import secrets
 import subprocess
 import sys
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +22,10 @@ from glmctl.rl.sandbox import boxes
 from glmctl.rl.sandbox.candidate import plain
 
 JUDGE_SECONDS = 10.0
+EXECUTOR_SECONDS = 30.0
+"""what an HTTP executor may take beside the candidate's own time"""
+ANSWER_BYTES = 6 * boxes.OUTPUT_BYTES + 1024
+"""a byte of output is at most six of JSON, `\\u0000`: an answer cut short would be no answer, and not a flood's 0"""
 JUDGE_SCRIPT = importlib.resources.files("glmctl.rl.sandbox").joinpath("judge.py")
 _DEFAULT = SandboxSpec()
 _SPEC: ContextVar[SandboxSpec] = ContextVar("sandbox", default=_DEFAULT)
@@ -62,18 +66,26 @@ def run_tests(code: str, entry: str, cases: Sequence[tuple[list[Any], Any]]) -> 
     if spec.level == "http":
         return _remote(spec, code, entry, cases)
     boxes.require(spec)
-    box_nonce = secrets.token_hex(16)
-    task = {
+    task = _task(spec, code, entry, cases)
+    source = importlib.resources.files("glmctl.rl.sandbox").joinpath("candidate.py").read_text(encoding="utf-8")
+    argv = [boxes.INTERPRETER, "-I", "-S", "-c", source]
+    try:
+        done = boxes.run(argv, json.dumps(task).encode() + b"\n", spec, greeting=task["nonce"].encode())
+    except OSError as error:  # of the host: no process, descriptor or control group to be had
+        raise InfrastructureFailure(f"the box: {error}") from error
+    passed, total = _judge(done.output, task["nonce"], [plain(expected) for _, expected in cases])
+    return Tested(passed, total, done.seconds)
+
+
+def _task(spec: SandboxSpec, code: str, entry: str, cases: Sequence[tuple[list[Any], Any]]) -> dict[str, Any]:
+    """What `candidate.py` reads: everything but the expected values."""
+    return {
         "code": code,
         "entry": entry,
         "calls": [json.dumps(arguments) for arguments, _ in cases],
-        "nonce": box_nonce,
+        "nonce": secrets.token_hex(16),
         "rlimits": boxes.limits_inside(spec),
     }
-    source = importlib.resources.files("glmctl.rl.sandbox").joinpath("candidate.py").read_text(encoding="utf-8")
-    done = boxes.run([boxes.INTERPRETER, "-I", "-S", "-c", source], json.dumps(task).encode() + b"\n", spec)
-    passed, total = _judge(done.output, box_nonce, [plain(expected) for _, expected in cases])
-    return Tested(passed, total, done.seconds)
 
 
 def _judge(output: bytes, box_nonce: str, expected: list[Any]) -> tuple[int, int]:
@@ -102,30 +114,29 @@ def _judge(output: bytes, box_nonce: str, expected: list[Any]) -> tuple[int, int
 
 
 def _remote(spec: SandboxSpec, code: str, entry: str, cases: Sequence[tuple[list[Any], Any]]) -> Tested:
-    """POST {code, entry, calls, wall_seconds, memory_mb} to `spec.url`; it answers {output, seconds}.
+    """POST {code, entry, calls, nonce, rlimits, wall_seconds, memory_mb} to `spec.url`; it answers {output, seconds}.
 
-    `output` is what `candidate.py` writes with the nonce that the request carries: expected values stay here.
+    The executor gives the body as one line to `candidate.py` in a box of `wall_seconds` and `memory_mb`, ends its stdin
+    once the nonce has come out, and answers 200 with what it wrote to stdout, cut at 1 MiB: of a candidate that crashed
+    or was stopped too. Any other status, and an output without the nonce, is a box that failed.
     """
-    nonce = secrets.token_hex(16)
-    body = {
-        "code": code,
-        "entry": entry,
-        "calls": [json.dumps(arguments) for arguments, _ in cases],
-        "nonce": nonce,
-        "wall_seconds": spec.wall_seconds,
-        "memory_mb": spec.memory_mb,
-    }
+    task = _task(spec, code, entry, cases)
+    body = {**task, "wall_seconds": spec.wall_seconds, "memory_mb": spec.memory_mb}
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("GLMCTL_SANDBOX_KEY"):
         headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(str(spec.url), json.dumps(body).encode(), headers)
     try:
-        with urllib.request.urlopen(request, timeout=spec.wall_seconds + 30) as response:
-            answer = json.loads(response.read(2 * boxes.OUTPUT_BYTES))
-        output, seconds = str(answer["output"]), float(answer["seconds"])
-    except (OSError, urllib.error.URLError, ValueError, KeyError, TypeError) as error:
-        raise InfrastructureFailure(f"{spec.url}: {error}") from error
-    passed, total = _judge(output.encode()[: boxes.OUTPUT_BYTES], nonce, [plain(expected) for _, expected in cases])
+        with urllib.request.urlopen(request, timeout=spec.wall_seconds + EXECUTOR_SECONDS) as response:
+            answer = json.loads(response.read(ANSWER_BYTES))
+        output, seconds = answer["output"], float(answer["seconds"])
+        if not isinstance(output, str) or not output.startswith(task["nonce"]):
+            raise ValueError("the output does not begin with the nonce: the candidate's code was not loaded")
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InfrastructureFailure(f"{spec.url}: {type(error).__name__}: {error}") from error
+    # half a surrogate pair is JSON and no UTF-8
+    written = output.encode(errors="replace")[: boxes.OUTPUT_BYTES]
+    passed, total = _judge(written, task["nonce"], [plain(expected) for _, expected in cases])
     return Tested(passed, total, seconds)
 
 

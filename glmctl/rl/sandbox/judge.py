@@ -19,10 +19,11 @@ def verdict(output: str, box_nonce: str, expected: list[Any]) -> dict[str, int]:
     if output.startswith(box_nonce):
         try:
             results = json.loads(output[len(box_nonce) :])
+            if isinstance(results, list) and len(results) == len(expected):
+                passed = sum(_same(found, ["value", wanted]) for found, wanted in zip(results, expected, strict=True))
         except (ValueError, RecursionError):
-            results = None
-        if isinstance(results, list) and len(results) == len(expected):
-            passed = sum(_same(found, ["value", wanted]) for found, wanted in zip(results, expected, strict=True))
+            # writing JSON again takes more of the stack than reading it: both may fail, and neither is our failure
+            passed = 0
     return {"passed": passed, "total": len(expected)}
 
 

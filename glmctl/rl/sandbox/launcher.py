@@ -90,5 +90,5 @@ def _check(result: int, what: str) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # setrlimit raises ValueError above a hard limit
         sys.exit(f"launcher: {error}")

@@ -11,7 +11,17 @@ import random
 from glmctl.data.conversations import Conversation
 from glmctl.errors import RecipeError
 from glmctl.recipe.schema import CodeCallsTask
-from glmctl.rl.environment import Environment, Message, Problem, StopReason, Tool, Transition, finished, tool_calls
+from glmctl.rl.environment import (
+    Environment,
+    Message,
+    Problem,
+    StopReason,
+    Tool,
+    Transition,
+    content_id,
+    finished,
+    tool_calls,
+)
 from glmctl.rl.tasks.function_calls import call_problem, same_call
 
 TOOLS: list[Tool] = [
@@ -42,7 +52,7 @@ def generate(spec: CodeCallsTask, count: int, rng: random.Random) -> list[Proble
     for _ in range(50 * count):
         lines = [_line(rng) for _ in range(rng.randint(*spec.lines))]
         code = "\n".join(lines)
-        found.setdefault(code, Problem(f"code_calls/{len(found)}", "code_calls", f"Run this:\n{code}", code))
+        found.setdefault(code, Problem(content_id("code_calls", code), "code_calls", f"Run this:\n{code}", code))
         if len(found) == count:
             return list(found.values())
     raise RecipeError(f"task.lines: {len(found)} different problems were found, {count} are asked for")

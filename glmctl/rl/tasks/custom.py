@@ -26,7 +26,8 @@ def generate(spec: CustomTask, count: int, rng: random.Random) -> list[Problem]:
         path = Path(name)
         if not path.is_file():
             raise RecipeError(f"{path}: no such file")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        # not splitlines, which also parts at characters that JSON leaves as they are
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
             if not line.strip():
                 continue
             try:

@@ -14,7 +14,7 @@ from typing import Any
 from glmctl.data.conversations import Conversation
 from glmctl.errors import EnvironmentProblem, RecipeError, unknown
 from glmctl.recipe.schema import GymTask
-from glmctl.rl.environment import Environment, Problem
+from glmctl.rl.environment import Environment, Problem, content_id
 from glmctl.rl.tasks.single_turn import SingleTurn
 from glmctl.rl.verifier import verify
 
@@ -37,11 +37,12 @@ def generate(spec: GymTask, count: int, rng: random.Random) -> list[Problem]:
     found: dict[str, Problem] = {}
     for entry in data:
         body = json.loads(json.dumps(entry, default=str))
-        name = f"gym/{spec.dataset}/{len(found)}"
         question = str(entry["question"])
         if question not in found:
             state = {"dataset": spec.dataset, "entry": body}
-            found[question] = Problem(name, "gym", question, str(entry["answer"]), state)
+            found[question] = Problem(
+                content_id(f"gym/{spec.dataset}", question), "gym", question, str(entry["answer"]), state
+            )
         if len(found) == count:
             return list(found.values())
     raise RecipeError(f"task: {spec.dataset} gave {len(found)} different questions, {count} are asked for")

@@ -16,7 +16,7 @@ from typing import Any
 from glmctl.data.conversations import Conversation
 from glmctl.errors import DataError, RecipeError, unknown
 from glmctl.recipe.schema import InstructionsTask
-from glmctl.rl.environment import Environment, Problem
+from glmctl.rl.environment import Environment, Problem, content_id
 from glmctl.rl.tasks.single_turn import SingleTurn
 
 Check = Callable[..., bool]
@@ -87,7 +87,8 @@ def _holds(text: str, word: str) -> int:
 
 # keywords
 _add("keywords/include", "Use the word '{word}'.", _word, lambda t, word: _holds(t, word) > 0, lambda word: word)
-_add("keywords/exclude", "Do not use the word '{word}'.", _word, lambda t, word: not _holds(t, word), lambda word: "ok")
+_add("keywords/exclude", "Do not use the word '{word}'.", _word,
+     lambda t, word: bool(_words(t)) and not _holds(t, word), lambda word: "ok")  # fmt: skip
 _add(
     "keywords/frequency",
     "Use the word '{word}' exactly {n} times.",
@@ -155,8 +156,10 @@ def generate(spec: InstructionsTask, count: int, rng: random.Random) -> list[Pro
         topic = rng.choice(WORDS)
         asks = " ".join(REGISTRY[c["name"]].ask.format(**c["arguments"]) for c in constraints)
         prompt = f"Write about a {topic}. {asks}"
-        name = f"instructions/{len(found)}"
-        found.setdefault(prompt, Problem(name, "instructions", prompt, solution, {"constraints": constraints}))
+        found.setdefault(
+            prompt,
+            Problem(content_id("instructions", prompt), "instructions", prompt, solution, {"constraints": constraints}),
+        )
         if len(found) == count:
             return list(found.values())
     raise RecipeError(f"task.constraints: {len(found)} different problems were found, {count} are asked for")

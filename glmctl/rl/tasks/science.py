@@ -33,7 +33,8 @@ def generate(spec: ScienceTask, count: int, rng: random.Random) -> list[Problem]
     for path in map(Path, spec.paths):
         if not path.is_file():
             raise RecipeError(f"{path}: no such file")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        # not splitlines, which also parts at characters that JSON leaves as they are
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
             if not line.strip():
                 continue
             seen += 1
