@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -19,7 +20,7 @@ from glmctl.errors import DataError, RecipeError
 if TYPE_CHECKING:
     from glmctl.data.token_view import Row
     from glmctl.data.tokenizer import Tokenizer
-    from glmctl.recipe.schema import ConversationFiles, DataRecipe
+    from glmctl.recipe.schema import ConversationFiles, DataRecipe, PretrainRecipe
 
 app = typer.Typer(cls=CommandGroup, help="Prepare text: a tokenizer, token shards, verifiable problems.", **stage.PLAIN)
 
@@ -78,17 +79,31 @@ def inspect(
     target: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="A data run; or conversations: a file, a folder, hf:NAME.", show_default=False
+            metavar="SOURCE",
+            help="A data run; a pretrain run; or conversations: a file, a folder, hf:NAME.",
+            show_default=False,
         ),
     ],
     find: Annotated[
         str | None, typer.Option("--find", metavar="TEXT", help="Show the way of documents with this in path or text.")
     ] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Most documents that --find shows.")] = 5,
-    row: Annotated[int, typer.Option("--row", min=0, help="The row (or conversation) whose tokens are shown.")] = 0,
+    row: Annotated[
+        int,
+        typer.Option(
+            "--row", min=0, help="The row (or conversation) whose tokens are shown; of a pretrain run: as it trained."
+        ),
+    ] = 0,
+    pretrain_stage: Annotated[
+        str | None, typer.Option("--stage", metavar="NAME", help="For a pretrain run: the stage that --row counts in.")
+    ] = None,
     split: ConversationSplit = "train",
-    length: Annotated[int, typer.Option("--length", min=2, help="Tokens in a row.")] = 512,
-    packing: Annotated[Packing, typer.Option("--packing", help="How rows are packed.")] = Packing.concat,
+    length: Annotated[
+        int | None, typer.Option("--length", min=2, help="For a data run: tokens in a row. Default 512.")
+    ] = None,
+    packing: Annotated[
+        Packing | None, typer.Option("--packing", help="For a data run: how rows are packed. Default concat.")
+    ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option("--tokenizer", metavar="DIR", help="For conversations: tokenizer and template.")
     ] = None,
@@ -102,8 +117,16 @@ def inspect(
     from glmctl.data import token_view
 
     if (Path(target) / "recipe.yaml").is_file() or not (tokenizer or Path(target).is_file()):
-        packed = token_view.PACKINGS[packing.value]
-        _show_row(*token_view.row_of_shards(_recipe(Path(target)), Path(target), row, split, length, packed))
+        recipe = _recipe(Path(target), also=("pretrain",))
+        if recipe.type == "pretrain":
+            if split != "train" or length is not None or packing is not None:
+                raise RecipeError(f"{target}: a pretrain run has its own --split, --length and --packing")
+            _show_row(*token_view.row_of_stage(recipe, pretrain_stage, row))
+            return
+        if pretrain_stage is not None:
+            raise RecipeError(f"{target}: --stage is for pretrain runs", hint="name the run that trained on this data")
+        packed = token_view.PACKINGS[(packing or Packing.concat).value]
+        _show_row(*token_view.row_of_shards(recipe, Path(target), row, split, length or 512, packed))
         return
     if tokenizer is None:
         raise RecipeError(f"{target}: conversations need --tokenizer")
@@ -167,7 +190,9 @@ stage.add_command(
 def _show_ways(run: Path, text: str, limit: int) -> None:
     from glmctl.data.way import Ways, render
 
-    found = list(Ways(_recipe(run), run / "export").find(text, limit))
+    recipe = _recipe(run)
+    assert recipe.type == "data", "load has checked the type"
+    found = list(Ways(recipe, run / "export").find(text, limit))
     body = {"documents": [asdict(way) for way in found]}
     console.result(body, text=render(found) or f"no document has '{text}' in its path or text")
 
@@ -180,8 +205,8 @@ def _source(given: str, split: str, form: Format) -> ConversationFiles:
     return ConversationFiles(path=path, dataset=dataset, split=split, format=form.value)
 
 
-def _recipe(run: Path) -> DataRecipe:
-    """The recipe of a data run."""
+def _recipe(run: Path, also: Sequence[str] = ()) -> DataRecipe | PretrainRecipe:
+    """The recipe of a data run, or of a run of the types `also`."""
     from glmctl.recipe.load import load
 
     file = run / "recipe.yaml"
@@ -189,8 +214,8 @@ def _recipe(run: Path) -> DataRecipe:
         raise RecipeError(
             f"{run}: not a data run (no recipe.yaml)", hint="name the run that `glmctl data prepare` made"
         )
-    recipe = load(str(file), expect="data")
-    assert recipe.type == "data", "load has checked the type"
+    recipe = load(str(file), expect="data", also=also)
+    assert recipe.type == "data" or recipe.type == "pretrain", "load has checked the type"
     return recipe
 
 

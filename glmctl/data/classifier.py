@@ -7,6 +7,7 @@ is the usual choice, and this is the same model without the download: a bag of h
 from __future__ import annotations
 
 import io
+import math
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -75,7 +76,8 @@ def teach(
     """Learn to tell documents that the teacher scored at least `positive_from` from the others.
 
     Returns the classifier and how it does on every fifth document, which it has not seen: `accuracy`, that of always
-    giving the commoner answer (`baseline`), and the rank correlation with the teacher's scores (`spearman`).
+    giving the commoner answer (`baseline`), and the rank correlation with the teacher's scores (`spearman`, null if all
+    are equal).
     DataError when the teacher found only one kind.
     """
     from scipy.sparse import csr_matrix
@@ -102,13 +104,15 @@ def teach(
     given = np.array([classifier.score(found) for found, out in zip(word_hashes, held, strict=True) if out])
     right = float(((given >= 0.5) == labels[held]).mean())
     share = float(labels[held].mean())
+    # undefined where all are equal, which is no reason to fail
+    rank = float(spearmanr(given, np.asarray(scores)[held]).statistic)
     report = {
         "taught": int((~held).sum()),
         "held_out": int(held.sum()),
         "positive": float(labels.mean()),
         "accuracy": right,
         "baseline": max(share, 1.0 - share),
-        "spearman": float(spearmanr(given, np.asarray(scores)[held]).statistic),
+        "spearman": rank if math.isfinite(rank) else None,
     }
     return classifier, report
 

@@ -6,8 +6,9 @@ on in a gigabyte; texts and signatures stay on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,9 +150,7 @@ def _apply(at: int, stage: Any, recipe: DataRecipe, decisions: Decisions, measur
 
 def _buckets(at: int, stage: Score, scores: np.ndarray, asked: np.ndarray, decisions: Decisions) -> None:
     buckets = np.zeros(len(scores), np.int64)
-    languages = decisions.table["language"] if stage.within == "language" else np.zeros(len(scores), np.uint8)
-    for language in np.unique(languages[asked]):
-        group = asked & (languages == language)
+    for group in _groups(stage, asked, decisions):
         digests = decisions.table["digest"][group, 0]
         buckets[group] = _places(stage, scores[group].astype(np.float64), digests)
     epochs = np.array(stage.epochs)[buckets]
@@ -171,6 +170,19 @@ def _buckets(at: int, stage: Score, scores: np.ndarray, asked: np.ndarray, decis
         {"documents": int(count), "epochs": shown, "mean_score": _mean(scores[asked & (buckets == bucket)])}
         for bucket, (count, shown) in enumerate(zip(counts, stage.epochs, strict=True))
     ]
+
+
+def _groups(stage: Score, asked: np.ndarray, decisions: Decisions) -> Iterator[np.ndarray]:
+    """Places of the documents that share their quantiles: those of one language, or all."""
+    (index,) = np.nonzero(asked)
+    if stage.within == "all":
+        yield index
+        return
+    languages = decisions.table["language"][index]
+    order = np.argsort(languages, kind="stable")
+    borders = np.flatnonzero(np.diff(languages[order])) + 1
+    for first, last in pairwise([0, *borders.tolist(), len(order)]):
+        yield index[order[first:last]]
 
 
 def _places(stage: Score, scores: np.ndarray, digests: np.ndarray) -> np.ndarray:

@@ -75,7 +75,7 @@ def contexts(records: Sequence[Record], root: Path | None, limit: int) -> Iterat
     """
     for group in groups(records):
         touched = _touched(group, root, limit // 2)
-        parts = [headed(path, touched[path]) for path in dependency_order(touched)]
+        parts = [headed(path, touched[path]) for path in dependency_order(touched, root)]
         place, size = group[0].place, sum(map(len, parts))
         for record in group:
             text = render(record)[:limit]

@@ -69,9 +69,6 @@ _SAMPLE_CHARS = 20_000
 _FULL_SHARE = 0.25
 """share of common words at which a language is certain; running prose has 0.3 to 0.5"""
 
-LANGUAGES: tuple[str, ...] = ("", "?", *_COMMON, *(name for name, _ in _SCRIPTS), *_SUFFIXES)
-"""every name that a document's language can have; `?` is none of the others"""
-
 
 def programming_language(path: str) -> str:
     """The language that a file's name says, or `?`."""

@@ -13,6 +13,14 @@ from typing import NamedTuple
 import numpy as np
 
 
+def stage_seed(seed: int, stage: int) -> int:
+    """The seed by which stage number `stage` (from 0) of a pretrain recipe with `seed` lays out its rows.
+
+    Each stage has its own, so that two stages over the same text see it in another order.
+    """
+    return seed * 1009 + stage
+
+
 class Piece(NamedTuple):
     """Tokens `start` ... `stop` (exclusive) of document `document`."""
 

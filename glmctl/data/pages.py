@@ -9,10 +9,12 @@ import re
 from html.parser import HTMLParser
 
 _HTML = re.compile(r"<(?:!doctype html|html|head|body|div|p|pre|table|article|section)\b", re.IGNORECASE)
-_SILENT = {"script", "style", "head", "nav", "footer", "form", "noscript", "svg", "template", "aside"}
+# not `head`: its end tag may be left out, as <body> may, and what it holds is silent by itself; not `form`: whole pages
+# stand in one, so of a form only its lists of choices are
+_SILENT = {"script", "style", "title", "nav", "footer", "select", "noscript", "svg", "template", "aside"}
 _BLOCKS = {
     "p", "div", "section", "article", "li", "ul", "ol", "tr", "table", "blockquote", "br", "dl", "dt", "dd",
-    "h1", "h2", "h3", "h4", "h5", "h6", "header", "main", "hr",
+    "h1", "h2", "h3", "h4", "h5", "h6", "header", "main", "hr", "form",
 }  # fmt: skip
 _CODE_BLOCKS = {"pre", "textarea", "listing"}
 _CODE_INLINE = {"code", "kbd", "samp", "tt"}
@@ -46,6 +48,8 @@ class _Reader(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in _SILENT:
             self._silent += 1
+        elif tag == "body":
+            self._silent = 0  # what the head left open ends here
         elif tag in _CODE_BLOCKS:
             self._flush()
             self._inside += 1

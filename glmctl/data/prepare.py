@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from glmctl.run.directory import Run
 
 REPORT, PROVENANCE, DECISIONS, CLASSIFIERS = "report.json", "provenance.json", "decisions.npz", "classifiers"
-WORK_FORMAT = 2
+WORK_FORMAT = 3
 """raise it when results of earlier versions in a work folder can no longer be used"""
 _LIBRARIES = ("numpy", "rensa", "scikit-learn", "tokenizers", "pyarrow")
 
@@ -61,7 +61,7 @@ def run(recipe: DataRecipe, run: Run) -> dict[str, Any]:
     tokenizer = Tokenizer.load(recipe.tokenizer)
     planned = units.plan(recipe.sources)
     behind = units.fingerprint(recipe.sources)
-    read = [units.fingerprint_file(path) for path in _stage_files(recipe)]
+    read = [units.fingerprint_file(path) for path in stage_files(recipe)]
     inputs = [
         recipe.model_dump(mode="json"),
         tokenizer.hash,
@@ -229,7 +229,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _stage_files(recipe: DataRecipe) -> list[Path]:
+def stage_files(recipe: DataRecipe) -> list[Path]:
     """Files that stages read: stored classifiers and a teacher's labels."""
     found: list[Path] = []
     for stage in recipe.stages:

@@ -39,6 +39,18 @@ _NEXT_QUESTION = re.compile(rf"^[ \t]*{_ASKS}[ \t]*\d*[ \t]*[.:)：]", re.MULTIL
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 _FINAL = re.compile(r"(?:final answer|answer|答案)\s*(?:is|:|：|是)?\s*[:：]?\s*(.+)", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+_COMMAND = re.compile(r"\\[a-zA-Z]+")
+_WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*|[%‰°€£¥]")
+_LEAD_INS = {
+    "a", "an", "the", "it", "it's", "this", "that", "there", "is", "are", "was", "were", "so", "thus", "hence", "是",
+    "therefore", "等于",
+}  # fmt: skip
+"""words before a number that say nothing of what it counts; behind one, `a` is a unit"""
+_DENIALS = {
+    "not", "no", "never", "nor", "neither", "cannot", "isn't", "wasn't", "aren't", "than", "least", "most", "half",
+    "twice", "不", "不是",
+}  # fmt: skip
+"""words of a sentence after which the answer at its end is not what it says"""
 _THINK = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.DOTALL)
 MAX_QUESTION_CHARS, MAX_ANSWER_WORDS = 2000, 8
 
@@ -55,9 +67,10 @@ class Pair:
 def mine(text: str, path: str) -> Iterator[Pair]:
     """Pairs that a text marks as such and whose answers are short enough to be checked."""
     for found in _PAIR.finditer(text):
-        question, answer = found["question"].strip(), found["answer"].strip()
-        if _NEXT_QUESTION.search(question) or len(question) > MAX_QUESTION_CHARS:
-            continue  # the answer belongs to a later question
+        # questions that nobody answered stand before the one that the answer belongs to
+        question, answer = _NEXT_QUESTION.split(found["question"])[-1].strip(), found["answer"].strip()
+        if not question or len(question) > MAX_QUESTION_CHARS:
+            continue
         if len(answer.split()) <= MAX_ANSWER_WORDS or key_of(answer) is not None:
             yield Pair(question, answer, path)
 
@@ -86,11 +99,29 @@ def final_answer(reply: str) -> str:
 
 
 def agrees(reply: str, answer: str) -> bool:
-    """Whether a reply's final answer is `answer`: the same number, or the same words."""
+    """Whether a reply's final answer is `answer`: the same number of the same thing, or the same words.
+
+    A number without words agrees with the same number of anything, so a reply may leave the unit out.
+    """
     given, wanted = final_answer(reply), key_of(answer)
-    if wanted is not None:
-        return key_of(given) == wanted
-    return bool(_plain(answer)) and _plain(given) == _plain(answer)
+    if wanted is None:
+        return bool(_plain(answer)) and _plain(given) == _plain(answer)
+    if key_of(given) != wanted:
+        return False
+    (lead, unit), (wanted_lead, wanted_unit) = _around_number(given), _around_number(answer)
+    if not lead + unit or not wanted_lead + wanted_unit:
+        return True
+    # one may be the end of the other's sentence: "60 km/h", "The train goes 60 km/h"
+    short, long = sorted((lead, wanted_lead), key=len)
+    sentence, end = long[: len(long) - len(short)], long[len(long) - len(short) :]
+    return unit == wanted_unit and end == short and _DENIALS.isdisjoint(sentence)
+
+
+def _around_number(text: str) -> tuple[list[str], list[str]]:
+    """Words before and behind the number of an answer, signs of units among them; a bare number has neither."""
+    plain = _COMMAND.sub(" ", text.rsplit("=", 1)[-1]).casefold().replace("’", "'")
+    before, *behind = _NUMBER.split(plain)
+    return [word for word in _WORD.findall(before) if word not in _LEAD_INS], _WORD.findall(" ".join(behind))
 
 
 def _plain(text: str) -> str:

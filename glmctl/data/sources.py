@@ -37,8 +37,6 @@ MAX_DOCUMENT_CHARS = 1_000_000
 """a longer text becomes several documents, cut after a line"""
 MAX_BLOCK_BYTES = 64 * 1024 * 1024
 """most of a plain text file that is in memory at once"""
-REPOSITORY_DOCUMENT_CHARS = 65_536
-"""about 16k tokens, so that a document of several files fits the 32k rows of mid-training"""
 
 
 @dataclass(frozen=True)
@@ -252,7 +250,7 @@ def _read_package(span: Span, source: SourceTree, bad: BadRows) -> Iterator[Docu
         if text is not None and text.strip():
             files[path] = text
     if source.repo_level:
-        joined = list(repository.join(files, REPOSITORY_DOCUMENT_CHARS))
+        joined = list(repository.join(files, source.max_chars, root))
     else:
         joined = [(path, repository.headed(path, text)) for path, text in files.items()]
     for path, text in joined:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from glmctl.data.conversations import Conversation
-from glmctl.data.language import LANGUAGES
 from glmctl.data.reading import BadRows
 from glmctl.data.sources import Document, read
 from glmctl.data.stages import Page, applies, judge
@@ -28,13 +29,12 @@ RECORD = np.dtype(
         ("start", "<u8"),
         ("bytes", "<u4"),
         ("source", "<u2"),
-        ("language", "u1"),
+        ("language", "<u8"),
         ("epochs", "<f4"),
     ]
 )
-"""first half of the text's SHA-256, where its line begins, UTF-8 bytes, source, place in LANGUAGES, times shown"""
+"""first half of the text's SHA-256, where its line begins, UTF-8 bytes, source, `language_key`, times shown"""
 _RECORDS_AT_ONCE = 4096
-_LANGUAGE_PLACE = {name: place for place, name in enumerate(LANGUAGES)}
 
 
 def scan(folder: Path, unit: Unit, source: Source, stages: Sequence[LocalStage], max_bad: float) -> None:
@@ -54,8 +54,7 @@ def scan(folder: Path, unit: Unit, source: Source, stages: Sequence[LocalStage],
             texts.write(_line(kept))
             size = len(kept.text.encode("utf-8", "surrogatepass"))
             digest = np.frombuffer(kept.digest[:16], "<u8")
-            language = _LANGUAGE_PLACE.get(kept.language, _LANGUAGE_PLACE["?"])
-            records.append((digest, start, size, unit.source, language, epochs))
+            records.append((digest, start, size, unit.source, language_key(kept.language), epochs))
             if len(records) == _RECORDS_AT_ONCE:
                 np.array(records, RECORD).tofile(table)
                 records.clear()
@@ -66,6 +65,12 @@ def scan(folder: Path, unit: Unit, source: Source, stages: Sequence[LocalStage],
         "bad": {"kinds": dict(bad.kinds), "places": bad.places},
     }
     (folder / COUNTS).write_text(json.dumps(counts), encoding="utf-8")
+
+
+@lru_cache(maxsize=1024)
+def language_key(language: str) -> int:
+    """A number for a language's name: rows may state any, and processes that do not meet must number them alike."""
+    return int.from_bytes(hashlib.sha256(language.encode("utf-8", "surrogatepass")).digest()[:8], "little")
 
 
 def _through(

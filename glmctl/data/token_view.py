@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from glmctl.data.batches import IGNORE, Batch, PretrainBatches
 from glmctl.data.chat import ChatTemplate, LossOn
 from glmctl.data.conversations import conversations
+from glmctl.data.packing import stage_seed
 from glmctl.data.shards import TokenShards
 from glmctl.data.tokenizer import Tokenizer
-from glmctl.errors import DataError, RecipeError
+from glmctl.errors import DataError, RecipeError, unknown
 
 if TYPE_CHECKING:
-    from glmctl.recipe.schema import ConversationFiles, DataRecipe
+    from glmctl.recipe.schema import ConversationFiles, DataRecipe, PretrainRecipe
 
 PACKINGS: dict[str, Literal["concat", "best_fit"]] = {"concat": "concat", "best_fit": "best_fit"}
 
@@ -49,11 +50,36 @@ def row_of(batch: Batch, index: int = 0) -> Row:
 def row_of_shards(
     recipe: DataRecipe, run: Path, row: int, split: str, length: int, packing: Literal["concat", "best_fit"]
 ) -> tuple[Row, Tokenizer]:
-    """Row `row` of a prepared split as pretraining would pack it, and the tokenizer it was made with."""
-    shards = TokenShards.open(run, split)
-    tokenizer = Tokenizer.load(recipe.tokenizer)
-    shards.require_tokenizer(tokenizer.hash)
+    """A prepared split packed into rows in an order by the data recipe's seed: its row `row`, and its tokenizer.
+
+    A training has an order of its own; see `row_of_stage`.
+    """
+    shards, tokenizer = _opened(run, split, recipe.tokenizer)
     return row_of(PretrainBatches(shards, length, packing, seed=recipe.seed).batch(row, 1)), tokenizer
+
+
+def row_of_stage(recipe: PretrainRecipe, name: str | None, row: int) -> tuple[Row, Tokenizer]:
+    """Row `row` of a stage as a run of `recipe` sees it (`first_sequence` counts these rows), and its tokenizer.
+
+    RecipeError when there is no stage of that name, or no name and several stages.
+    """
+    names = [stage.name for stage in recipe.stages]
+    if name is None and len(names) > 1:
+        raise RecipeError(f"{recipe.name}: --stage is missing; one of: {', '.join(names)}")
+    if name is not None and name not in names:
+        raise unknown("stage", name, names, where=recipe.name)
+    place = 0 if name is None else names.index(name)
+    stage = recipe.stages[place]
+    shards, tokenizer = _opened(Path(stage.data), "train", recipe.tokenizer)
+    batches = PretrainBatches(shards, stage.sequence_length, stage.packing, seed=stage_seed(recipe.seed, place))
+    return row_of(batches.batch(row, 1)), tokenizer
+
+
+def _opened(data: Path, split: str, tokenizer_folder: str) -> tuple[TokenShards, Tokenizer]:
+    shards = TokenShards.open(data, split)
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    shards.require_tokenizer(tokenizer.hash)
+    return shards, tokenizer
 
 
 @dataclass(frozen=True)

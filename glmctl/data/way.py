@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ import numpy as np
 
 from glmctl.data import units
 from glmctl.data.encode import split_of
-from glmctl.data.prepare import DECISIONS
+from glmctl.data.prepare import DECISIONS, PROVENANCE, stage_files
 from glmctl.data.reading import BadRows
 from glmctl.data.sources import Document, read, times
 from glmctl.data.stages import Page, applies, judge
@@ -50,10 +52,12 @@ class Ways:
     """Looks documents up in the sources of a finished run."""
 
     def __init__(self, recipe: DataRecipe, export: Path) -> None:
-        """DataError when the run has no decisions, or its sources are not what they were."""
+        """DataError when the run has no decisions, or its sources are not what they were, to the byte."""
         path = export / DECISIONS
-        if not path.is_file():
-            raise DataError(f"{path}: missing; only a finished `glmctl data prepare` can be inspected")
+        for needed in (path, export / PROVENANCE):
+            if not needed.is_file():
+                raise DataError(f"{needed}: missing; only a finished `glmctl data prepare` can be inspected")
+        _require_unchanged(recipe, export / PROVENANCE)
         with np.load(path, allow_pickle=False) as arrays:
             self._arrays: dict[str, np.ndarray] = dict(arrays)
         self._recipe = recipe
@@ -145,6 +149,21 @@ class Ways:
                 return document.path
             left -= kept
         raise DataError("the sources have changed since", hint="prepare the data again")
+
+
+def _require_unchanged(recipe: DataRecipe, provenance: Path) -> None:
+    """DataError naming a file, of the sources or of the stages, that is not what it was when the data was made."""
+    try:
+        said = json.loads(provenance.read_text(encoding="utf-8"))
+        made = [file for source in said["sources"] for file in source["files"]] + said["stage_files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{provenance}: damaged: {error!r}") from error
+    sources = [file for files in units.fingerprint(recipe.sources) for file in files]
+    now = [asdict(file) for file in [*sources, *map(units.fingerprint_file, stage_files(recipe))]]
+    for one, other in zip_longest(made, now):
+        if one != other:
+            path = (other or one)["path"]
+            raise DataError(f"{path}: the sources have changed since the data was made", hint="prepare the data again")
 
 
 def render(ways: Sequence[Way]) -> str:

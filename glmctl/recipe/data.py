@@ -76,6 +76,8 @@ class SourceTree(Section):
     include: list[str] = Field(["*.py"])
     exclude: list[str] = Field(["test", "tests", "idlelib", "lib2to3", "site-packages", "pydoc_data", "__pycache__"])
     repo_level: bool = Field(True, description="join the files of one package, in dependency order, in one document")
+    # about 16k tokens, so that a document of several files fits the 32k rows of mid-training
+    max_chars: int = Field(65_536, gt=0, description="most characters in one joined document")
     weight: float = Field(1.0, gt=0)
     max_bytes: int | None = Field(None, gt=0)
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+import yaml
 
 from glmctl.cli import main
+from glmctl.data.shards import ShardWriter
 from glmctl.data.tokenizer import Tokenizer
+from glmctl.model.config import ModelConfig
+from glmctl.recipe.schema import PretrainRecipe
+from glmctl.training.pretrain import open_stages
 
 Cli = Callable[..., CompletedProcess[str]]
 
@@ -78,9 +84,68 @@ def test_a_life_of_a_data_set(
 
     said("stats", "nowhere", code=2)
     said("inspect", "runs/d", "--split", "nowhere", code=2)
+    said("inspect", "runs/d", "--stage", "first", code=2)
     said("inspect", "talk.jsonl", code=2)
     said("inspect", "talk.jsonl", "--tokenizer", "tokenizer", "--row", "1", code=2)
     said("inspect", "nowhere", "--find", "x", code=2)
+
+
+@pytest.fixture
+def trained(tmp_path: Path, tiny_config: ModelConfig, tiny_tokenizer: Tokenizer) -> PretrainRecipe:
+    """A pretrain run of two stages over the same shards, as far as inspecting it needs one."""
+    tiny_tokenizer.save(tmp_path / "tokenizer")
+    rng = random.Random(0)
+    for split in ("train", "validation"):
+        with ShardWriter(
+            tmp_path / "shards" / split,
+            vocab_size=tiny_tokenizer.vocab_size,
+            tokenizer_hash=tiny_tokenizer.hash,
+            end_of_document=tiny_tokenizer.pad_id,
+            shard_tokens=1000,
+        ) as writer:
+            for _ in range(60):
+                text = str(rng.random()) * rng.randrange(1, 4)
+                writer.add([*tiny_tokenizer.encode_plain(text), tiny_tokenizer.pad_id])
+    stage = {"data": str(tmp_path / "shards"), "tokens": 640}
+    recipe = PretrainRecipe.model_validate(
+        {
+            "name": "p",
+            "seed": 3,
+            "model": tiny_config.model_dump(),
+            "tokenizer": str(tmp_path / "tokenizer"),
+            "stages": [
+                {**stage, "name": "first", "sequence_length": 16},
+                {**stage, "name": "second", "sequence_length": 24, "packing": "best_fit"},
+            ],
+            "batch": {"tokens": 64},
+        }
+    )
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p/recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    return recipe
+
+
+def test_a_row_of_a_pretrain_run_is_the_one_that_training_saw(
+    trained: PretrainRecipe, tmp_path: Path, tiny_tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(tmp_path / "p")
+    for stage in open_stages(trained, tiny_tokenizer):
+        later = stage.batches.sequences_per_epoch + 2  # in the second epoch, in another order
+        for row in (0, 5, later):
+            assert main(["data", "inspect", run, "--stage", stage.name, "--row", str(row), "--json"]) == 0
+            shown = json.loads(capsys.readouterr().out)
+            batch = stage.batches.batch(row, 1)
+            assert shown["tokens"] == batch.tokens_BT[0].tolist()
+            assert shown["documents"] == batch.documents_BT[0].tolist()
+    refused = {
+        "--stage is missing; one of: first, second": [run],
+        "did you mean 'second'": [run, "--stage", "secnd"],
+        "has its own": [run, "--stage", "first", "--length", "64"],
+        "is a 'pretrain' recipe": [run, "--find", "x"],
+    }
+    for message, words in refused.items():
+        assert main(["data", "inspect", *words]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_conversations_of_any_format_are_checked_written_and_shown(

@@ -172,6 +172,29 @@ def test_the_same_bytes_at_any_number_of_workers_and_any_size_of_units(
     }
 
 
+def test_tiers_within_a_language_are_those_of_every_language_that_rows_state(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    languages = ["kotlin", "c#", "python", "Lua", "?", "some language of our own", None]
+    # each language's texts are longer than all of the one before
+    rows = [{"text": f"{i} " + "x" * (40 * at), "lang": lang} for at, lang in enumerate(languages) for i in range(20)]
+    random.Random(0).shuffle(rows)
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"type": "jsonl", "domain": "code", "paths": [str(tmp_path / "c.jsonl")], "code": True}
+    longest = {**STAGES[-1], "scorer": {"type": "heuristic", "what": "length"}, "cuts": [0.4], "epochs": [0, 1]}
+    made = recipe(home, sources=[{**source, "language_field": "lang"}], stages=[longest])
+    monkeypatch.setattr(units, "UNIT_BYTES", 4000)
+    assert len(units.plan(made.sources)) > 3
+    for workers in ("1", "2"):
+        monkeypatch.setenv(passes.WORKERS_VARIABLE, workers)
+        run(made, tmp_path / workers)
+    assert files(tmp_path / "1/export") == files(tmp_path / "2/export")
+    with np.load(tmp_path / "1/export" / prepare.DECISIONS) as arrays:
+        shown = arrays["epochs"] > 0
+    kept = {lang: sum(shown[at] for at, row in enumerate(rows) if row["lang"] == lang) for lang in languages}
+    assert kept == dict.fromkeys(languages, 12)
+
+
 @pytest.mark.parametrize("where", ["scan", "measure", "encode"])
 def test_a_kill_costs_the_unit_under_way_and_changes_nothing(
     home: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
@@ -255,6 +278,30 @@ def test_changed_sources_are_noticed(home: Path, prepared: Path, tmp_path: Path)
         Ways(other, prepared / "export")
     with pytest.raises(DataError, match="only a finished"):
         Ways(other, tmp_path)
+
+
+def test_sources_and_labels_of_the_same_size_are_noticed_too(home: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"Page number {i} is a {'good' if i % 2 else 'poor'} one."} for i in range(40)]
+    data, labels = tmp_path / "rows.jsonl", tmp_path / "labels.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labels.write_text("".join(json.dumps({**row, "score": i % 2}) + "\n" for i, row in enumerate(rows)))
+    taught = {"type": "taught", "teacher": {"type": "labels", "paths": [str(labels)]}}
+    stage = {"type": "score", "name": "q", "scorer": taught, "cuts": [0.5], "epochs": [1, 2]}
+    source = {"type": "jsonl", "domain": "web", "paths": [str(data)]}
+    made = recipe(home, sources=[source], stages=[stage])
+    run(made, tmp_path)
+    (way,) = Ways(made, tmp_path / "export").find("number 7 ", 5)
+    assert way.shown
+    for path in (data, labels):
+        text = path.read_text()
+        path.write_text(text.replace("number 7 ", "number 8 "))
+        with pytest.raises(DataError, match=rf"{path.name}: the sources have changed since"):
+            Ways(made, tmp_path / "export")
+        path.write_text(text)
+    list(Ways(made, tmp_path / "export").find("number 7 ", 5))
+    (tmp_path / "export" / prepare.PROVENANCE).write_text("{}")
+    with pytest.raises(DataError, match=r"provenance\.json: damaged"):
+        Ways(made, tmp_path / "export")
 
 
 def test_statistics_add_up(prepared: Path) -> None:

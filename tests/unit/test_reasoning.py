@@ -42,6 +42,12 @@ def test_marked_pairs_with_answers_that_can_be_checked_are_mined() -> None:
     ]
 
 
+def test_an_unanswered_question_does_not_take_the_next_pair_with_it() -> None:
+    text = "Q: one?\n\nQ: two?\nA: 2\n\nQ: three?\n\nQ: four?\n\nQ: five?\nA: 5\n"
+    assert [(pair.question, pair.answer) for pair in reasoning.mine(text, "p")] == [("two?", "2"), ("five?", "5")]
+    assert not list(reasoning.mine("Q: one?\n\nQ:\nA: 2\n", "p"))
+
+
 @pytest.mark.parametrize(
     ("reply", "answer", "right"),
     [
@@ -56,6 +62,20 @@ def test_marked_pairs_with_answers_that_can_be_checked_are_mined() -> None:
         ("Not Paris", "Paris.", False),
         ("", "Paris.", False),
         ("60 or 61", "60", False),
+        # the number of another thing
+        ("The answer is Airbus 747.", "Boeing 747", False),
+        ("747 passengers", "Boeing 747", False),
+        ("The answer is 5 miles.", "5 km", False),
+        ("5 %", "5 €", False),
+        ("5 A", "5 V", False),
+        # the same thing in a sentence, or its number alone
+        ("It is a Boeing 747.", "Boeing 747", True),
+        ("The answer is 747.", "Boeing 747", True),
+        ("The train goes **60 km/h**.", "60 km/h", True),
+        (r"The answer is $60\text{ km/h}$.", "60 km/h", True),
+        ("The answer is 60 km/h.", "60", True),
+        ("It isn't a Boeing 747.", "Boeing 747", False),
+        ("It goes faster than 60 km/h.", "60 km/h", False),
     ],
 )
 def test_a_reply_is_right_when_it_settles_on_the_answer(reply: str, answer: str, right: bool) -> None:

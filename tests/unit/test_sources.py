@@ -129,6 +129,52 @@ def test_imported_files_come_first_and_circles_go_by_name() -> None:
     assert order == dependency_order(dict(reversed(files.items())))
 
 
+def written(root: Path, files: dict[str, str]) -> Path:
+    for path, text in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize("package", ["pkg", "outer/pkg"])
+def test_a_root_that_is_a_package_has_its_name_in_imports(tmp_path: Path, package: str) -> None:
+    name = package.replace("/", ".")
+    files = {
+        "a.py": f"import {name}.z",
+        "z.py": f"from {name}.sub import m",
+        "sub/m.py": "x = 1",
+        "sub/__init__.py": "",
+    }
+    # the package's own file is no member where it is empty: the folder tells
+    root = written(tmp_path / package, {**files, "__init__.py": ""})
+    if root.parent != tmp_path:
+        (root.parent / "__init__.py").touch()
+    assert dependency_order(files, root) == ["sub/__init__.py", "sub/m.py", "z.py", "a.py"]
+    source = SourceTree(domain="code", root=str(root))
+    found = {document.path: document.text for document in documents([source], 0)}
+    assert found["z.py"].index("# z.py") < found["z.py"].index("# a.py")
+
+
+@pytest.mark.parametrize("above", ["src", "python/lib"])
+def test_packages_below_a_source_folder_are_imported_without_it(tmp_path: Path, above: str) -> None:
+    files = {
+        f"{above}/pkg/a.py": "import pkg.b",
+        f"{above}/pkg/b.py": "from pkg import c",
+        f"{above}/pkg/c.py": "import json",
+        f"{above}/pkg/json.py": "import pkg.a",  # another `json` than that of the standard library
+    }
+    root = written(tmp_path, {**files, f"{above}/pkg/__init__.py": ""})
+    assert [path[-4] for path in dependency_order(files, root)] == ["c", "b", "a", "n"]
+    whole = {**files, f"{above}/pkg/__init__.py": ""}
+    assert [path[-4] for path in dependency_order(whole)[1:]] == ["c", "b", "a", "n"]
+
+
+def test_scripts_import_what_lies_beside_them() -> None:
+    files = {"one/a.py": "import z", "one/z.py": "", "two/a.py": "import z", "two/z.py": "", "a.py": "import z"}
+    # two folders have a `z`: outside both, none is meant
+    assert dependency_order(files) == ["a.py", "one/z.py", "one/a.py", "two/z.py", "two/a.py"]
+
+
 def test_joined_files_are_headed_by_their_path_and_kept_whole() -> None:
     files = {"p/a.py": "A = 1\n" * 10, "p/b.py": "B = 1\n" * 10, "p/c.py": "C = 1\n" * 10}
     joined = list(join(files, limit=150))
@@ -154,6 +200,8 @@ def test_a_tree_is_joined_by_package_and_leaves_out_what_is_excluded(tmp_path: P
     assert set(found) == {"pkg/b.py", "loose.py"}
     assert found["pkg/b.py"].text == "# pkg/b.py\nx = 1\n# pkg/__init__.py\nfrom .b import x"
     assert all(document.is_code for document in found.values())
+    short = SourceTree(domain="code", root=str(tmp_path), max_chars=30)
+    assert sorted(texts(short)) == ["# loose.py\ny = 2", "# pkg/__init__.py\nfrom .b import x", "# pkg/b.py\nx = 1"]
     apart = SourceTree(domain="code", root=str(tmp_path), repo_level=False)
     assert sorted(texts(apart)) == ["# loose.py\ny = 2", "# pkg/__init__.py\nfrom .b import x", "# pkg/b.py\nx = 1"]
 

@@ -159,6 +159,22 @@ def test_code_pages_are_chosen_by_their_code() -> None:
     assert judge(stage, plain)[0].document.text == PROSE
 
 
+@pytest.mark.parametrize(
+    "page",
+    [
+        "<html><head><title>x</title><body><pre>{}</pre></body></html>",
+        "<html><head><title>x</title><meta charset=utf-8><pre>{}</pre></html>",
+        "<html><head><title>x</title><noscript><body><pre>{}</pre></body></html>",
+        "<title>x</title><pre>{}</pre>",
+        "<html><body><form action=/><select><option>x</select><pre>{}</pre></form></body></html>",
+    ],
+    ids=["no </head>", "no </head> and no <body>", "left open in the head", "no <head>", "all in a <form>"],
+)
+def test_pages_keep_their_body_where_html_lets_tags_be_left_out(page: str) -> None:
+    code = "def f():\n    return 1"
+    assert pages.code_text(page.format(code)) == (f"```\n{code}\n```\n", len(code))
+
+
 # ------------------------------------------------------------------ heuristic scores
 
 
