@@ -7,8 +7,8 @@ A step is forward, backward, clipping and fused AdamW, fp32, no MTP layer (trans
 of the same shapes. Tokens per second are medians over the repeats; `ceiling` is the fastest fp32 matrix product
 (1024^3) measured in the same run and `share` is the model's arithmetic (6 x active matrix elements + causal attention,
 no recomputation, per token) over the time and the ceiling. `first` is the seconds of the first step, compilation
-included. Peak memory is of a process of its own. `times_hf_default_cpu` compares
-processor time, for busy machines. The Muon line is ours with Muon in AdamW's place at 16,384 tokens.
+included. Peak memory is of a process of its own. `times_hf_default_cpu` compares processor time, for busy machines.
+`glmctl-inductor` is a recipe with `compile: true`. The Muon line is ours with Muon in AdamW's place at 16,384 tokens.
 Prints a table and, last, one JSON object.
 """
 
@@ -32,6 +32,7 @@ import torch
 
 from glmctl.data.batches import pad_batch
 from glmctl.kernels.fused.library import in_torch, library
+from glmctl.kernels.registry import compile_small
 from glmctl.model.config import ModelConfig
 from glmctl.model.network import GlmMoe
 from glmctl.parallel.accelerate import make_accelerator
@@ -43,7 +44,7 @@ from glmctl.training.step import Stepper
 
 SHAPES = {"tiny": (8, 512), "small": (4, 1024)}
 """rows and tokens a row"""
-VARIANTS = ["glmctl", "glmctl-torch", "hf-loop", "hf-grouped", "hf-compiled"]
+VARIANTS = ["glmctl", "glmctl-torch", "glmctl-inductor", "hf-loop", "hf-grouped", "hf-compiled"]
 MUON_TOKENS = 16_384
 
 Step = Callable[[], float]
@@ -53,7 +54,9 @@ def config_of(name: str) -> ModelConfig:
     return ModelConfig(**{**PRESETS[name], "num_nextn_predict_layers": 0, "rope_theta": 1e6})
 
 
-def our_step(name: str, *, plain: bool, muon: bool = False, rows: int | None = None) -> Step:
+def our_step(
+    name: str, *, plain: bool = False, inductor: bool = False, muon: bool = False, rows: int | None = None
+) -> Step:
     config = config_of(name)
     count, length = SHAPES[name]
     tokens = torch.randint(3, config.vocab_size, (rows or count, length), generator=torch.Generator().manual_seed(0))
@@ -64,6 +67,7 @@ def our_step(name: str, *, plain: bool, muon: bool = False, rows: int | None = N
     micro = batch.split(count)
 
     def step() -> float:
+        compile_small(inductor, model.device)
         with in_torch() if plain else nullcontext():
             return stepper.lm_step(micro, lr=1e-4).loss
 
@@ -99,7 +103,7 @@ def peer_step(name: str, experts: str, *, compiled: bool) -> Step:
 
 def make(name: str, variant: str) -> Step:
     if variant.startswith("glmctl"):
-        return our_step(name, plain=variant == "glmctl-torch")
+        return our_step(name, plain=variant == "glmctl-torch", inductor=variant == "glmctl-inductor")
     return peer_step(name, "eager" if variant == "hf-loop" else "grouped_mm", compiled=variant == "hf-compiled")
 
 
@@ -158,7 +162,7 @@ def measure(name: str, variants: list[str], repeats: int, *, memory: bool) -> di
 def muon(name: str, repeats: int) -> dict[str, Any]:
     """What a Muon step costs, and its share of a whole step of 16,384 tokens."""
     rows = MUON_TOKENS // SHAPES[name][1]
-    with_muon, with_adam = (our_step(name, plain=False, muon=m, rows=rows) for m in (True, False))
+    with_muon, with_adam = (our_step(name, muon=m, rows=rows) for m in (True, False))
     pairs = [(timed(with_muon), timed(with_adam)) for _ in range(repeats + 1)][1:]
     a, b = (statistics.median(cost.cpu for cost in column) for column in zip(*pairs, strict=True))
     return {"step_cpu_s": round(a, 3), "step_with_adamw_cpu_s": round(b, 3), "muon_share": round((a - b) / a, 3)}

@@ -1,13 +1,15 @@
 """The values of tool call arguments, which the format writes as bare text.
 
 An argument whose schema type is string stays raw. Any other value that is a JSON object, array, number, boolean or
-null becomes that (where the schema allows strings among other types, only if it is of one of those types); everything
-else, JSON strings in quotes included, stays raw text. So without a schema a string argument `5` comes back as the
-number 5: the format itself does not tell them apart.
+null becomes that (where the schema allows strings among other types, only if it is of one of those types). Where the
+schema allows no string, JSON with its quotes escaped and Python's way of writing it (`True`, `{'a': 1}`) are read too
+(spec section 3.2). Everything else, JSON strings in quotes included, stays raw text. So without a schema a string
+argument `5` comes back as the number 5: the format itself does not tell them apart.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,6 +17,8 @@ from typing import Any, NoReturn
 
 _MAX_DEPTH = 8
 """unions nested deeper than this count as unknown: schemas come from outside"""
+_MAX_LITERAL = 1 << 16
+"""characters up to which a value is looked at as Python: its parser takes much memory for what it reads"""
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -33,14 +37,44 @@ def value_of(text: str, types: frozenset[str] | None) -> tuple[Any, str]:
     raw = (text, json.dumps(text, ensure_ascii=False))
     if types == frozenset({"string"}):
         return raw
-    try:
-        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
-        as_json = json.dumps(value, ensure_ascii=False)
-    except (ValueError, RecursionError):
-        return raw
-    if isinstance(value, str) or (types and "string" in types and not types & _json_types(value)):
-        return raw
-    return value, as_json
+    # without a schema, or where a string may stand, `None` is as likely a word as a value
+    readings = [_json, _escaped_json, _python] if types and "string" not in types else [_json]
+    for read in readings:
+        try:
+            value = read(text)
+            as_json = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(value, str) or (types and "string" in types and not types & _json_types(value)):
+            return raw
+        return value, as_json
+    return raw
+
+
+def _json(text: str) -> Any:
+    return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+
+
+def _escaped_json(text: str) -> Any:
+    """JSON as it stands inside of a JSON string: `{\\"a\\": 1}`."""
+    return _json(json.loads(f'"{text}"'))
+
+
+def _python(text: str) -> Any:
+    """A Python literal of the kinds that JSON has; a tuple is a list."""
+    if len(text) > _MAX_LITERAL:
+        raise ValueError("too long")
+    return _json_only(ast.literal_eval(text.strip()))
+
+
+def _json_only(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_json_only(item) for item in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _json_only(item) for key, item in value.items()}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(f"{type(value).__name__} is not of JSON")
 
 
 def _json_types(value: Any) -> set[str]:

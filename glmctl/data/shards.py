@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from glmctl.errors import DataError, RecipeError
+from glmctl.run import atomic
 
 INDEX = "shards.json"
 DOCUMENTS = "documents.npy"
@@ -185,6 +186,16 @@ class TokenShards:
         if start != index["total_tokens"]:
             raise DataError(f"{home / INDEX}: total_tokens is {index['total_tokens']}, its files hold {start}")
         return cls(home, index, files, _read_bounds(home / DOCUMENTS, index))
+
+    def verify(self) -> None:
+        """Read every byte and compare it with the manifest of the folder that the split was published in.
+
+        DataError naming the first file that differs. Shards without a manifest (made by hand) are taken as they are.
+        """
+        home = next((f for f in (self.folder, self.folder.parent) if (f / atomic.MANIFEST).is_file()), None)
+        if home is not None:
+            below = [name for name in atomic.read_manifest(home) if self.folder in (home / name).parents]
+            atomic.verify(home, only=below)
 
     def tokens(self, start: int, count: int) -> np.ndarray:
         """[count] ids of the flat stream from `start`. DataError when an id is outside the vocabulary."""

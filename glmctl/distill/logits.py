@@ -77,7 +77,8 @@ def _train(recipe: LogitDistillRecipe, session: Session, teacher: GlmMoe, batche
             parts = batches.batch(step - 1, rows).split(micro_rows)
             metrics = _step(recipe, session, teacher, parts, lr)
             tokens = rows * recipe.sequence_length
-            session.log(step, recipe.steps, metrics, {"lr": lr, "tokens": step * tokens, **clock.read(tokens)})
+            row = {"lr": lr, "tokens": step * tokens, "filled_tokens": metrics.tokens, **clock.read(metrics.tokens)}
+            session.log(step, recipe.steps, metrics, row)
             session.end_step(step, recipe.steps, stop)
             progress.advance(loss=metrics.loss)
 
@@ -100,7 +101,8 @@ def _step(
     skipped = session.stepper.guard.skipped
     norm = session.stepper.update(lr)
     applied = session.stepper.guard.skipped == skipped
-    return StepMetrics(main, mtp, 0.0, norm, targets, torch.stack(counts).sum(0), not applied)
+    tokens = sum(part.token_count for part in parts)
+    return StepMetrics(main, mtp, 0.0, norm, targets, tokens, torch.stack(counts).sum(0), not applied)
 
 
 def losses(
@@ -133,5 +135,5 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "loss_first": found[0] if found else None,
         "steps": len(rows),
         "trained_tokens": sum(int(row["targets"]) for row in rows),
-        "tokens_per_second": rate(rows, int(rows[-1]["tokens"])),
+        "tokens_per_second": rate(rows, sum(int(row["filled_tokens"]) for row in rows)),
     }

@@ -2,7 +2,8 @@
 
 Every operation lives in its own file, which registers a `reference` (plain torch, the definition) and any
 faster variants. `op(name, device, dtype)` returns the last registered variant that suits; tests hold all
-variants of an operation to its reference.
+variants of an operation to its reference. After `compile_small(True, ...)` the operations that only read, compute and
+write are their definitions as `torch.compile` makes them.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
+
+from glmctl.errors import EnvironmentProblem
 
 Implementation = Callable[..., Any]
 F = TypeVar("F", bound=Implementation)
@@ -33,9 +37,16 @@ class Variant:
         return (not self.devices or device in self.devices) and (not self.dtypes or dtype in self.dtypes)
 
 
+SMALL = ("rms_norm", "rope", "norm_rope", "swiglu")
+"""operations bound by memory, in which a compiler has several passes to make one of"""
+
+RECOMPILE_LIMIT = 64
+"""forms of one operation (grad or not, ranks, widths) that are compiled before torch falls back to the plain one"""
+
 _variants: dict[str, list[Variant]] = {}
 _forced: dict[str, str] = {}
 _chosen: dict[tuple[str, str, torch.dtype], Implementation] = {}
+_compiling = False
 
 
 def variant(
@@ -66,7 +77,10 @@ def op(op_name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) ->
         forced = _forced.get(op_name)
         suitable = [v for v in _variants[op_name] if (v.name == forced if forced else v.suits(device, dtype))]
         assert suitable, f"no variant of {op_name} for {device} {dtype}"
-        found = _chosen[key] = suitable[-1].function
+        function = suitable[-1].function
+        if _compiling and op_name in SMALL and not forced:
+            function = _compiled(op_name)
+        found = _chosen[key] = function
     return found
 
 
@@ -85,6 +99,40 @@ def forced(op_name: str, name: str) -> Iterator[None]:
         else:
             _forced[op_name] = before
         _chosen.clear()
+
+
+def compile_small(wanted: bool, device: torch.device) -> None:
+    """Whether `SMALL` runs as torch.compile's kernels from now on, in the whole process.
+
+    EnvironmentProblem when nothing can be compiled for `device` here (no C++ compiler, no Triton).
+    """
+    global _compiling
+    _chosen.clear()
+    _compiling = wanted
+    if not wanted:
+        return
+    import torch._dynamo.config
+
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    try:
+        # a first one, so that a missing compiler is found before the run begins
+        op("swiglu", device.type)(*torch.ones(2, 8, device=device))
+    except Exception as problem:
+        _compiling = False
+        _chosen.clear()
+        what = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
+        raise EnvironmentProblem(
+            f"compile: torch.compile cannot make kernels for {device.type} here: {what}", hint="set compile: false"
+        ) from problem
+
+
+@lru_cache
+def _compiled(op_name: str) -> Implementation:
+    """The definition as torch.compile makes it; each new form costs seconds at its first call."""
+    # dynamic from the first: with a graph of one shape beside a general one, a recomputed layer may get the other one,
+    # which keeps other tensors than the backward expects
+    compiled: Implementation = torch.compile(_variants[op_name][0].function, fullgraph=True, dynamic=True)
+    return compiled
 
 
 def _import(op_name: str) -> None:

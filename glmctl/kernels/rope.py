@@ -12,6 +12,7 @@ from torch import Tensor
 from glmctl.kernels.fused import passes
 from glmctl.kernels.fused.library import compiled
 from glmctl.kernels.registry import op, variant
+from glmctl.kernels.rms_norm import reference as rms_norm_reference
 from glmctl.kernels.rms_norm import rms_norm
 
 
@@ -92,6 +93,25 @@ def _swap(rotary_dim: int, head_dim: int, device: torch.device, dtype: torch.dty
 
 def norm_rope(x_BTHd: Tensor, weight_d: Tensor | None, eps: float, turn: Rotation) -> Tensor:
     """`rope(rms_norm(x, weight, eps), turn)`: QK-norm and rotation in one pass if it can be; weight None: no norm."""
+    result: Tensor = op("norm_rope", x_BTHd.device.type, x_BTHd.dtype)(x_BTHd, weight_d, eps, turn)
+    return result
+
+
+@variant("norm_rope", "reference")
+def norm_rope_reference(x_BTHd: Tensor, weight_d: Tensor | None, eps: float, turn: Rotation) -> Tensor:
+    """The definition."""
+    return reference(x_BTHd if weight_d is None else rms_norm_reference(x_BTHd, weight_d, eps), turn)
+
+
+@variant("norm_rope", "apart", devices=("cpu", "cuda"))
+def norm_then_rope(x_BTHd: Tensor, weight_d: Tensor | None, eps: float, turn: Rotation) -> Tensor:
+    """Each as its own operation."""
+    return rope(x_BTHd if weight_d is None else rms_norm(x_BTHd, weight_d, eps), turn)
+
+
+@variant("norm_rope", "function", devices=("cpu",), dtypes=(torch.float32,))
+def norm_rope_in_one_function(x_BTHd: Tensor, weight_d: Tensor | None, eps: float, turn: Rotation) -> Tensor:
+    """One autograd node in C++; without gradients, or where that cannot be, as two."""
     needed = torch.is_grad_enabled() and x_BTHd.requires_grad
     tables = (turn.cos_BT1d, turn.sin_BT1d)
     parts = (x_BTHd, *tables) if weight_d is None else (x_BTHd, weight_d, *tables)
@@ -99,7 +119,7 @@ def norm_rope(x_BTHd: Tensor, weight_d: Tensor | None, eps: float, turn: Rotatio
     if needed and one_table_row_each and compiled(*parts) is not None:
         result: Tensor = _NormRope.apply(x_BTHd, weight_d, eps, *tables, turn.rotary_dim)  # type: ignore[no-untyped-call]
         return result
-    return rope(x_BTHd if weight_d is None else rms_norm(x_BTHd, weight_d, eps), turn)
+    return norm_then_rope(x_BTHd, weight_d, eps, turn)
 
 
 def rope(x_BTHd: Tensor, turn: Rotation) -> Tensor:

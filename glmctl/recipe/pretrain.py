@@ -31,7 +31,7 @@ class TrainStage(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     data: str
-    tokens: int = Field(gt=0)
+    tokens: int = Field(gt=0, description="places in rows; what best_fit packing leaves empty counts")
     sequence_length: int = Field(gt=1)
     packing: Literal["concat", "best_fit"] = "concat"
     rope_theta: float | None = Field(None, gt=0.0, description="null keeps the base of the stage before")
@@ -69,6 +69,13 @@ class PretrainRecipe(RecipeBase):
     )
     precision: Literal["fp32", "bf16"] = "fp32"
     recompute: bool = Field(False, description="recompute activations in the backward: less memory, a third more time")
+    compile: bool = Field(
+        False,
+        description="norms, RoPE and SwiGLU by torch.compile: for CUDA; on a CPU the kernels of our own are faster",
+    )
+    verify_data: bool = Field(
+        True, description="before the first step, compare the shards with their manifest's SHA-256"
+    )
     validation: Validation = Validation()
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     sample_prompts: list[str] = Field([], description="texts the base model continues after each stage")

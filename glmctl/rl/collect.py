@@ -21,6 +21,7 @@ from glmctl.recipe.schema import RlRecipe, Sampling
 from glmctl.rl.advantage import has_signal
 from glmctl.rl.environment import Problem
 from glmctl.rl.episode import Trajectory
+from glmctl.rl.learn import shaped_reward
 from glmctl.rl.prompts import Prompts
 from glmctl.rl.rollout import check_infrastructure, play
 from glmctl.rl.seeds import derive_seed
@@ -70,6 +71,8 @@ class Batch:
     """prompts drawn in this step; those carried into it are not"""
     stopped: int
     """rollouts that were under way when the batch was full"""
+    expired: int
+    """carried rollouts that were given up at the step's beginning: too many versions behind"""
     seconds: float
     """of all of it"""
     seconds_reward: float
@@ -88,8 +91,10 @@ class Collector:
     def collect(self, prompts: Prompts, step: int, *, group_size: int, sampling: Sampling) -> Batch:
         """The batch of `step`. Raises EnvironmentProblem when over 20% of its rollouts failed in the machinery."""
         began, made = time.perf_counter(), self._engine.stats.tokens
-        work = _Step(self._recipe, step, group_size)
-        work.go_on_with(self._not_too_old(self._engine.version))
+        work = _Step(self._recipe, step, group_size, sampling.max_tokens)
+        fresh = self._not_too_old(self._engine.version)
+        expired = sum(len(group.samples) for group in self.carried) - sum(len(group.samples) for group in fresh)
+        work.go_on_with(fresh)
         judging, drawn = 0.0, prompts.drawn
         while (count := work.wanted(prompts.drawn - drawn)) or work.waiting:
             for problem in prompts.take(count):
@@ -116,6 +121,7 @@ class Collector:
             carried=self.carried,
             drawn=prompts.drawn - drawn,
             stopped=sum(len(group.samples) - len(group.ended) for group in left),
+            expired=expired,
             seconds=time.perf_counter() - began,
             seconds_reward=judging,
             tokens=self._engine.stats.tokens - made,
@@ -130,8 +136,8 @@ class Collector:
 class _Step:
     """The groups of one step, in the order in which they began, and those that are complete and useful."""
 
-    def __init__(self, recipe: RlRecipe, step: int, group_size: int) -> None:
-        self._recipe, self._step, self._size = recipe, step, group_size
+    def __init__(self, recipe: RlRecipe, step: int, group_size: int, max_tokens: int) -> None:
+        self._recipe, self._step, self._size, self._max_tokens = recipe, step, group_size, max_tokens
         self._known: Counter[str] = Counter()
         self._useful: list[Group] = []
         self._begun = 0
@@ -218,5 +224,7 @@ class _Step:
         self.groups.append(group)
 
     def _note(self, group: Group) -> None:
-        if not self._recipe.dynamic_sampling or has_signal([one.reward for one in group.samples]):
+        # the rewards that advantages will be made of: masked samples have none, and a penalty is a difference too
+        rewards = [shaped_reward(one, self._recipe.objective, self._max_tokens) for one in group.samples]
+        if not self._recipe.dynamic_sampling or has_signal(rewards):
             self._useful.append(group)

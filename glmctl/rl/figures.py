@@ -37,6 +37,7 @@ def metrics_row(batch: Batch, updates: Sequence[UpdateStats], sampling: Sampling
         "groups_kept": len(batch.groups),
         "prompts_drawn": batch.drawn,
         "rollouts_stopped": batch.stopped,
+        "rollouts_expired": batch.expired,
         "groups_carried": len(batch.carried),
         "staleness": max((version - made for one in trained for made in one.versions), default=0),
         "temperature": sampling.temperature,

@@ -64,15 +64,18 @@ def run(recipe: RlRecipe, run: Run) -> dict[str, Any]:
         grad_clip=recipe.grad_clip,
         policy=recipe.checkpoint,
         trackers=recipe.trackers,
-        driver_state=course.state,
+        # the policy is made of the session's stepper; no checkpoint is taken before
+        driver_state=lambda: {**course.state(), "trained": policy.ledger.state()},
     )
+    policy = Policy(model, session.stepper, recipe, folder)
     done = session.resume()
     if session.driver is not None:
         course.load_state(session.driver)
+        policy.ledger.load_state(session.driver["trained"])
     if any(problem.task in RUNS_CODE for problem in [*train, *heldout]):
         boxes.require(recipe.sandbox)
         console.note(f"code of the model runs in sandbox level {recipe.sandbox.level}")
-    loop = Loop(recipe, session, actor, course, Policy(model, session.stepper, recipe, folder), heldout)
+    loop = Loop(recipe, session, actor, course, policy, heldout)
     with sandbox(recipe.sandbox):
         loop.steps(done)
     session.export(folder)
@@ -146,7 +149,18 @@ class Loop:
         ended = [one for group in found.groups for one in group] + found.others
         sampling = self.recipe.sampling.model_copy(update={"temperature": found.temperature})
         seconds = time.perf_counter() - began
-        return Batch(found.groups, ended, [], 0, 0, seconds, 0.0, sum(one.generated_tokens for one in ended)), sampling
+        batch = Batch(
+            groups=found.groups,
+            ended=ended,
+            carried=[],
+            drawn=0,
+            stopped=0,
+            expired=0,
+            seconds=seconds,
+            seconds_reward=0.0,
+            tokens=sum(one.generated_tokens for one in ended),
+        )
+        return batch, sampling
 
     def version_before(self, step: int) -> int:
         """The version of the weights that `step` rolls out with: one for each step done, unless none trains."""

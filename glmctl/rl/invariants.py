@@ -5,7 +5,8 @@ Each has an error of its own, which stops the run and names itself (exit code 5)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,6 +114,14 @@ class Ledger:
                     f"{self._seen[key]} and again in step {step}"
                 )
             self._seen[key] = step
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"seen": [[*key[:3], list(key[3]), step] for key, step in self._seen.items()]}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self._seen = {(name, sample, born, tuple(made)): step for name, sample, born, made, step in state["seen"]}
 
 
 def router_biases(model: GlmMoe) -> list[Tensor]:

@@ -33,7 +33,7 @@ class Policy:
             limit = recipe.rollouts.fp8_gap_limit
             self._objective = recipe.objective.model_copy(update={"logprob_gap_limit": limit})
         self._staleness = recipe.rollouts.max_staleness if recipe.rollouts.unfinished == "carry" else 0
-        self._ledger = Ledger(memory=1 + self._staleness)
+        self.ledger = Ledger(memory=1 + self._staleness)
         self._reference: GlmMoe | None = None
         if recipe.objective.kl_weight > 0:
             self._reference = load_model(start, device=model.device, dtype=torch.float32).requires_grad_(False)
@@ -56,7 +56,7 @@ class Policy:
         trained = [one.trajectory for one in weighted]
         if not recorded:
             check_versions(trained, version, self._staleness)
-        self._ledger.enter(trained, step)
+        self.ledger.enter(trained, step)
         batches = [batch.to(self.model.device) for batch in pack(weighted, recipe.micro_tokens)]
         stats: list[UpdateStats] = []
         for _ in range(objective.updates_per_batch):

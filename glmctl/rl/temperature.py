@@ -12,10 +12,11 @@ from glmctl.rl.plateau import Plateau
 def next_temperature(scores: Mapping[float, float], tolerance: float) -> float:
     """The largest temperature whose score is at most `tolerance` (a share of it) below the best score.
 
-    `scores`: temperature -> held-out score, 0 or more. GLM-4.5 report: the highest that costs no more than 1%.
+    `scores`: temperature -> held-out score, of either sign. GLM-4.5 report: the highest that costs no more than 1%.
     """
     best = max(scores.values())
-    return max(temperature for temperature, score in scores.items() if score >= (1.0 - tolerance) * best)
+    least = best - tolerance * abs(best)
+    return max(temperature for temperature, score in scores.items() if score >= least)
 
 
 class Temperature:

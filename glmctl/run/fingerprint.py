@@ -28,7 +28,8 @@ def digest(value: Any) -> str:
 def input_files(recipe: Mapping[str, Any]) -> dict[str, str]:
     """Digest of each existing file or folder that the recipe names, by the name it uses.
 
-    A file counts by its content; a folder by the names, sizes and modification times below it. Names with `${`
+    A file counts by its content; a folder by its manifests (its own, or its export's) where it has any, else by the
+    names, sizes and modification times below it. Names with `${`
     are other stages, which have a digest of their own, and names of nothing that exists are the driver's to report.
     """
     found: dict[str, str] = {}
@@ -40,8 +41,20 @@ def input_files(recipe: Mapping[str, Any]) -> dict[str, str]:
             with path.open("rb") as stream:
                 found[text] = hashlib.file_digest(stream, "sha256").hexdigest()
         elif path.is_dir():
-            found[text] = _listing(path)
+            found[text] = _manifests(path) or _listing(path)
     return found
+
+
+def _manifests(folder: Path) -> str | None:
+    """Digest of what the folder's manifests list, which moving or copying it does not change."""
+    paths = [folder / atomic.MANIFEST]
+    if not paths[0].is_file():
+        paths = sorted((folder / "export").rglob(atomic.MANIFEST))
+    try:
+        listed = [atomic.read_manifest(path.parent) for path in paths if path.is_file()]
+    except DataError:
+        return None
+    return digest(listed) if listed else None
 
 
 def _paths(value: Any, *, inside: bool) -> Iterator[str]:

@@ -32,7 +32,10 @@ class LossModule(nn.Module):
     """The model with its training losses. Everything differentiable happens in one `forward`, which DDP needs."""
 
     def __init__(self, model: GlmMoe, *, always_mtp: bool = False) -> None:
-        """`always_mtp`: run the MTP layer even at weight 0, so that every parameter has a gradient (DDP)."""
+        """`always_mtp`: run the MTP layer even at weight 0, so that every parameter has a gradient (DDP).
+
+        Nothing of such a pass counts: not its loads, not its balance; its gradients are the caller's to drop.
+        """
         super().__init__()
         self.model = model
         self.always_mtp = always_mtp
@@ -53,9 +56,9 @@ class LossModule(nn.Module):
         )
         second = zero
         if model.mtp is not None and (mtp or self.always_mtp):
-            mtp_BTD = model.mtp(hidden_BTD, batch.mtp_tokens_BT, **placed, stats=stats)
+            mtp_BTD = model.mtp(hidden_BTD, batch.mtp_tokens_BT, **placed, stats=stats if mtp else None)
             second, _ = linear_cross_entropy(mtp_BTD.flatten(0, 1), model.head_weight, batch.mtp_targets_BT.flatten())
-        routed = model.config.num_moe_layers > 0 or (model.mtp is not None and (mtp or self.always_mtp))
+        routed = model.config.num_moe_layers > 0 or (model.mtp is not None and mtp)
         counts_LE = stats.counts_LE if routed else torch.zeros(0, model.config.n_routed_experts, dtype=torch.int64)
         return Losses(main, second, stats.sequence_loss if balance and routed else zero, counts_LE)
 

@@ -12,10 +12,12 @@ from accelerate import Accelerator
 
 from glmctl import console
 from glmctl.data.batches import Batch, PretrainBatches, TokenSource
+from glmctl.data.packing import stage_seed
 from glmctl.data.prepare import unigram_entropy
 from glmctl.data.shards import INDEX, TokenShards
 from glmctl.data.tokenizer import Tokenizer
 from glmctl.errors import RecipeError
+from glmctl.kernels.registry import compile_small
 from glmctl.model.config import ModelConfig
 from glmctl.model.network import GlmMoe
 from glmctl.parallel.accelerate import make_accelerator, share, sum_over_ranks
@@ -26,7 +28,7 @@ from glmctl.training.balance import max_vio
 from glmctl.training.ceiling import flops_per_token, matmul_ceiling
 from glmctl.training.loss import main_loss
 from glmctl.training.plan import PlannedStep, plan_steps
-from glmctl.training.session import Clock, Session, rate
+from glmctl.training.session import Clock, Session, peak_memory, rate
 
 VALIDATION_MICRO_TOKENS = 8192
 """tokens in one validation forward when the recipe sets no micro_tokens"""
@@ -60,12 +62,17 @@ def run(recipe: PretrainRecipe, run: Run) -> dict[str, Any]:
         spike_factor=recipe.spike_factor,
     )
     model.recompute = recipe.recompute
+    compile_small(recipe.compile, accelerator.device)
     plan = plan_steps(recipe)
     prompts = [(text, tokenizer.encode_plain(text)) for text in recipe.sample_prompts]
 
     ceiling = _ceiling(recipe, accelerator)
     done = session.resume()
     if done == 0:
+        _say_epochs(recipe, stages)
+        if recipe.verify_data and run.writer:
+            verify_data(recipe)
+        accelerator.wait_for_everyone()
         model.set_rope_theta(stages[0].rope_theta)
         session.sample(0, prompts, tokenizer, stage="start")
     with StopFlag() as stop, console.progress(recipe.name, len(plan), start=done) as progress:
@@ -92,7 +99,7 @@ def run(recipe: PretrainRecipe, run: Run) -> dict[str, Any]:
                 "lr": step.lr,
                 "batch_tokens": batch_tokens,
             }
-            row |= clock.read(batch_tokens)
+            row |= {"filled_tokens": metrics.tokens, **clock.read(metrics.tokens)}
             row["mfu"] = row["tokens_per_second"] * stage.flops_per_token(model.config, step) / ceiling
             if step.ends_stage or step.number % recipe.validation.every_steps == 0:
                 row["validation_loss"] = stage.validation_loss(model, accelerator, recipe.batch.micro_tokens)
@@ -104,8 +111,9 @@ def run(recipe: PretrainRecipe, run: Run) -> dict[str, Any]:
                 if stage.export:
                     session.publish(tokenizer_folder, run.path / "stages" / stage.name)
             session.end_step(step.number, len(plan), stop)
-            shown = {key: row[key] for key in ("tokens_per_second", "mfu")}
-            progress.advance(loss=metrics.loss, max_vio=max_vio(metrics.counts_LE), **shown)
+            shown: dict[str, Any] = {key: row[key] for key in ("tokens_per_second", "mfu")}
+            shown |= {"max_vio": max_vio(metrics.counts_LE), "memory": peak_memory(accelerator.device)}
+            progress.advance(loss=metrics.loss, **shown)
 
     model.set_rope_theta(stages[-1].rope_theta)
     summary = _summary(recipe, run, session, stages)
@@ -191,8 +199,8 @@ def open_stages(recipe: PretrainRecipe, tokenizer: Tokenizer) -> list[StageData]
         train, validation = open_splits(Path(stage.data))
         for shards in (train, validation):
             shards.require_tokenizer(tokenizer.hash)
-        # a seed of its own for each stage, so that two stages over the same text see it in another order
-        batches = PretrainBatches(train, stage.sequence_length, stage.packing, seed=recipe.seed * 1009 + index)
+        seed = stage_seed(recipe.seed, index)
+        batches = PretrainBatches(train, stage.sequence_length, stage.packing, seed=seed)
         stages.append(
             StageData(
                 name=stage.name,
@@ -213,6 +221,21 @@ def open_splits(path: Path) -> tuple[TokenShards, TokenShards]:
     base = path.parent if (path / INDEX).is_file() else path
     train = TokenShards.open(path, "train")
     return train, TokenShards.open(base, "validation")
+
+
+def verify_data(recipe: PretrainRecipe) -> None:
+    """Compare the shards of all stages with their manifests, each once. DataError names the file that differs."""
+    splits = [split for stage in recipe.stages for split in open_splits(Path(stage.data))]
+    for shards in {shards.folder.resolve(): shards for shards in splits}.values():
+        shards.verify()
+
+
+def _say_epochs(recipe: PretrainRecipe, stages: list[StageData]) -> None:
+    """A stage that is longer than its data reads it again: said, since nothing else would show it."""
+    for spec, stage in zip(recipe.stages, stages, strict=True):
+        epochs = spec.tokens / (stage.batches.sequences_per_epoch * stage.sequence_length)
+        if epochs > 1:
+            console.note(f"stage {stage.name}: {spec.tokens:,} tokens are {epochs:.1f} epochs of its data")
 
 
 def model_config(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
@@ -264,11 +287,14 @@ def _summary(recipe: PretrainRecipe, run: Run, session: Session, stages: list[St
         "validation_loss_below_unigram": stages[0].entropy - losses[0],
         "tokens": recipe.total_tokens,
         "steps": len(rows),
-        "tokens_per_second": rate(rows, sum(int(row["batch_tokens"]) for row in rows)),
+        "tokens_per_second": rate(rows, sum(int(row["filled_tokens"]) for row in rows)),
         "mtp_loss": last.get("mtp_loss", 0.0),
         "max_vio": last.get("max_vio", 0.0),
         "skipped_steps": session.stepper.guard.skipped,
     }
+    if any(row["filled_tokens"] < row["batch_tokens"] for row in rows):
+        # `stages.N.tokens` counts places in rows: what best-fit packing leaves empty is not text
+        summary["padding"] = 1 - sum(row["filled_tokens"] for row in rows) / sum(row["batch_tokens"] for row in rows)
     for stage, loss in zip(stages, losses, strict=True):
         summary[f"validation_loss_{stage.name}"] = loss
         summary[f"unigram_entropy_{stage.name}"] = stage.entropy

@@ -90,8 +90,7 @@ def _train(recipe: RewardRecipe, session: Session, pairs: Sequence[Pair], heldou
             chosen = pairs_of_step(pairs, step, recipe)
             lr = lr_at(step / recipe.steps, recipe.schedule)
             metrics, margins_N = _step(session, chosen, recipe, lr)
-            tokens = sum(len(text) for pair in chosen for text in pair)
-            row: dict[str, Any] = {"lr": lr, "batch_tokens": tokens, **clock.read(tokens)}
+            row: dict[str, Any] = {"lr": lr, "batch_tokens": metrics.tokens, **clock.read(metrics.tokens)}
             row |= {"accuracy": float((margins_N > 0).float().mean()), "margin": float(margins_N.mean())}
             if step == 1 and start is not None:
                 row["heldout_accuracy_start"] = start
@@ -119,6 +118,7 @@ def _step(session: Session, pairs: Sequence[Pair], recipe: RewardRecipe, lr: flo
         balance_loss=0.0,
         grad_norm=session.stepper.update(lr),
         targets=len(pairs),
+        tokens=sum(len(text) for pair in pairs for text in pair),
         counts_LE=torch.stack(counts).sum(0),
         skipped=session.stepper.guard.skipped > skipped,
     )

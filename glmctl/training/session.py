@@ -5,6 +5,8 @@ One `Session` per run and process. Under several processes all ranks call everyt
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,13 +17,15 @@ from accelerate import Accelerator
 
 from glmctl import console
 from glmctl.data.tokenizer import Tokenizer
-from glmctl.errors import Interrupted
+from glmctl.errors import DataError, Interrupted
+from glmctl.kernels.fused.library import library
 from glmctl.model.folder import save_model
 from glmctl.model.generate import generate
 from glmctl.model.network import GlmMoe
 from glmctl.recipe.schema import AdamWSpec, CheckpointPolicy, MuonSpec
 from glmctl.run import atomic
 from glmctl.run.directory import Run
+from glmctl.run.fingerprint import input_files
 from glmctl.run.metrics import MetricsLog
 from glmctl.run.signals import StopFlag
 from glmctl.training import checkpoint
@@ -65,6 +69,12 @@ class Session:
         self.driver: dict[str, Any] | None = None
         """what `driver_state` gave when the checkpoint was taken that `resume` has loaded"""
         self._driver_state = driver_state
+        self._inputs = input_files(run.recipe.model_dump(mode="json")) if run.writer else {}
+        self._arithmetic = {
+            "processes": accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+            "kernels": "C++" if library() is not None else "torch",
+        }
         self._writer = checkpoint.BackgroundWriter()
         # however a driver ends, nothing is written any more when the run gives its lock back
         run.before_close(self._writer.wait)
@@ -75,13 +85,17 @@ class Session:
     def resume(self) -> int:
         """Load the newest intact checkpoint, if there is one, and return how many steps are done.
 
-        Rows of steps that the checkpoint does not know are dropped; those steps are done again, bit for bit.
+        Rows of steps that the checkpoint does not know are dropped; those steps are done again, bit for bit. Another
+        number of processes or threads, or other kernels, are said: they change the last bits of what follows. Raises
+        DataError when a file or folder that the recipe names is not what it was.
         """
         found = checkpoint.load_latest(self.run.checkpoints, self.model, self.optimizer)
         done = 0
         if found is not None:
             state, _ = found
             done = int(state["step"])
+            self._compare_inputs(state["inputs"])
+            self._compare_arithmetic(state["arithmetic"])
             self.stepper.guard.load_state(state["stepper"])
             self.driver = state.get("driver")
             console.note(f"resuming after step {done}")
@@ -92,6 +106,21 @@ class Session:
         self.skips.truncate("step", after)
         self.accelerator.wait_for_everyone()
         return done
+
+    def _compare_inputs(self, before: Mapping[str, str]) -> None:
+        changed = [name for name, digest in before.items() if self._inputs.get(name) != digest]
+        if self.run.writer and changed:
+            raise DataError(
+                f"{self.run.path}: {changed[0]} is not what it was when this run began",
+                hint="put it back, or start again with --fresh",
+            )
+
+    def _compare_arithmetic(self, before: Mapping[str, Any]) -> None:
+        for name, now in self._arithmetic.items():
+            if before[name] != now:
+                console.warn(
+                    f"{name}: {before[name]} before, {now} now: the run goes on, but not to the same last bits"
+                )
 
     def log(self, step: int, total: int, metrics: StepMetrics, row: Mapping[str, Any]) -> dict[str, Any]:
         """Append one row of metrics.jsonl (and tell the trackers); returns it."""
@@ -135,6 +164,7 @@ class Session:
         if self.run.writer:
             config = self.model.config.model_dump(mode="json")
             state: dict[str, Any] = {"step": step, "stepper": self.stepper.guard.state(), "model": config}
+            state |= {"inputs": self._inputs, "arithmetic": self._arithmetic}
             if self._driver_state is not None:
                 state["driver"] = dict(self._driver_state())
             # before the copy: two copies at once would double the memory that this needs
@@ -194,6 +224,16 @@ class Clock:
         """`seconds` since this was made and `tokens_per_second`."""
         seconds = time.perf_counter() - self._began
         return {"seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9)}
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory this process has had, for a person: of the device on CUDA, else resident."""
+    if device.type == "cuda":
+        size = torch.cuda.max_memory_allocated(device)
+    else:
+        # kilobytes everywhere but on macOS
+        size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"{size / 2**30:.2f} GiB"
 
 
 def rate(rows: Sequence[Mapping[str, Any]], tokens: int) -> float:

@@ -134,7 +134,7 @@ def finetune(
             batch = batches.batch(step - 1, rows).rows(*mine)
             metrics = session.stepper.lm_step(batch.split(micro_rows), lr=lr, mtp_weight=settings.mtp_weight)
             tokens = rows * settings.sequence_length
-            row = {"lr": lr, "tokens": step * tokens, **clock.read(tokens)}
+            row = {"lr": lr, "tokens": step * tokens, "filled_tokens": metrics.tokens, **clock.read(metrics.tokens)}
             session.log(step, settings.steps, metrics, row)
             if step == settings.steps:
                 session.sample(step, prompts, tokenizer, stage="end")
@@ -200,5 +200,5 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "mtp_loss": rows[-1]["mtp_loss"],
         "steps": len(rows),
         "trained_tokens": sum(int(row["targets"]) for row in rows),
-        "tokens_per_second": rate(rows, int(rows[-1]["tokens"])),
+        "tokens_per_second": rate(rows, sum(int(row["filled_tokens"]) for row in rows)),
     }

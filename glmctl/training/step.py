@@ -36,6 +36,8 @@ class StepMetrics:
     grad_norm: float
     """global L2 norm before clipping"""
     targets: int
+    tokens: int
+    """without padding"""
     counts_LE: Tensor
     """tokens sent to each expert, int64 on the CPU"""
     skipped: bool
@@ -96,10 +98,10 @@ class Stepper:
         """
         assert batches, "a step needs a batch on every rank"
         device, losses = self.accelerator.device, self._loss_module()
-        sizes = [[b.target_count, b.mtp_target_count, _sequences(b)] for b in batches]
+        sizes = [[b.target_count, b.mtp_target_count, _sequences(b), b.token_count] for b in batches]
         mine = 0 if idle else 1
         totals = sum_over_ranks(torch.tensor(sizes).sum(0) * mine, self.accelerator).tolist()
-        targets, mtp_targets, sequences = (max(1, int(n)) for n in totals)
+        targets, mtp_targets, sequences = (max(1, int(n)) for n in totals[:3])
         sums = torch.zeros(3, dtype=torch.float64)
         counts_LE: Tensor | None = None
         for index, batch in enumerate(batches):
@@ -114,6 +116,10 @@ class Stepper:
             sums += torch.stack([part.detach().double().cpu() * mine for part in (main, mtp, balance)])
             counts_LE = found.counts_LE * mine if counts_LE is None else counts_LE + found.counts_LE * mine
         assert counts_LE is not None
+        if mtp_weight == 0 and self.model.mtp is not None:
+            # a gradient of zero, from a pass that only DDP wanted, would still decay and move what is not trained
+            for parameter in self.model.mtp.parameters():
+                parameter.grad = None
         sums = sum_over_ranks(sums, self.accelerator)
         counts_LE = sum_over_ranks(counts_LE, self.accelerator).cpu()
         main_loss, mtp_loss, balance_loss = (float(value) for value in sums)
@@ -121,7 +127,16 @@ class Stepper:
         norm, applied = self._update(lr, total, source or {})
         if applied and bias_update_rate > 0:
             update_router_bias(self.model, counts_LE, bias_update_rate, center)
-        return StepMetrics(main_loss, mtp_loss, balance_loss, norm, int(totals[0]), counts_LE, not applied)
+        return StepMetrics(
+            loss=main_loss,
+            mtp_loss=mtp_loss,
+            balance_loss=balance_loss,
+            grad_norm=norm,
+            targets=int(totals[0]),
+            tokens=int(totals[3]),
+            counts_LE=counts_LE,
+            skipped=not applied,
+        )
 
     # ------------------------------------------------------------------ halves, for other objectives
 

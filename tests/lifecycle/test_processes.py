@@ -12,7 +12,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import yaml
+
+from glmctl.model.folder import load_model
 
 pytestmark = pytest.mark.multiprocess
 
@@ -103,3 +106,20 @@ def test_a_bad_step_of_one_rank_changes_no_rank_and_three_in_a_row_stop_all(root
     assert [row["reason"] for row in skipped] == ["not finite", "spike", *["not finite"] * 3]
     assert all(row["sequences"] >= 1 for row in skipped), "the batches are named"
     assert max(path.name for path in (run / "checkpoints").iterdir()) <= "step-00000025"
+
+
+def test_without_mtp_weight_two_processes_leave_the_mtp_layer_alone_as_one_does(root: Path) -> None:
+    """DDP wants the layer's pass all the same; nothing of it may count, and nothing of the layer may move."""
+    words = ["--set", "mtp.weight=0", "--set", "mtp.then_weight=0", "--set", "mtp.switch_tokens=null"]
+    words += ["--set", "balance.sequence_loss_weight=0.1"]
+    runs = {"silent-one": words, "silent-two": [*words, "--processes", "2"]}
+    for run, options in runs.items():
+        done = glmctl(root, run, *options)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for a, b in zip(*(rows(root, run) for run in runs), strict=True):
+        for key in ("loss", "balance_loss", "max_vio"):
+            assert b[key] == pytest.approx(a[key], rel=1e-5 if a["step"] <= 5 else 1e-3), (a["step"], key)
+    layers = [load_model(root / run / "export").mtp for run in runs]
+    states = [layer.state_dict() for layer in layers if layer is not None]
+    assert len(states) == 2
+    assert [name for name, tensor in states[0].items() if not torch.equal(tensor, states[1][name])] == []

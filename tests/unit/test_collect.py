@@ -36,11 +36,15 @@ class Typist:
         self.script, self.version, self.stats = script, 0, SimpleNamespace(tokens=0)
         self.requests: list[Request] = []
         self.active: dict[str, list[int]] = {}
+        self.cut: set[str] = set()
 
     def add(self, request: Request) -> None:
         self.requests.append(request)
         sample = int(request.id.split(".")[1])
-        self.active[request.id] = self.script(request, sample)[: request.params.max_tokens]
+        script = self.script(request, sample)
+        self.active[request.id] = script[: request.params.max_tokens]
+        if len(script) > request.params.max_tokens:
+            self.cut.add(request.id)
 
     def abort(self, request_id: str) -> None:
         self.active.pop(request_id, None)
@@ -53,7 +57,7 @@ class Typist:
                 del self.active[name]
                 last = True
             self.stats.tokens += 1
-            reason = None if not last else "stop"
+            reason = None if not last else "length" if name in self.cut else "stop"
             events.append(Event(name, token, -0.5 - self.version, reason, self.version, None, None))
         return events
 
@@ -136,6 +140,20 @@ def test_prompts_are_drawn_until_enough_groups_teach_something(template) -> None
     assert (len(batch.groups), batch.drawn) == (0, 12)
 
 
+def test_a_group_whose_only_difference_is_masked_teaches_nothing(template) -> None:
+    """Sample 1 thinks until its tokens run out and scores 0, the others are right: with it masked all are equal."""
+    engine = typist(template, lambda p, s: 60 if s == 1 else 2, lambda s: True)
+
+    def useful(**objective) -> int:
+        collector = Collector(recipe(rollouts={}, objective={"type": "grpo", **objective}), engine, template)
+        batch = collector.collect(Prompts(PROBLEMS, 0), 1, group_size=SIZE, sampling=Sampling(max_tokens=40))
+        assert {one.stop_reason for one in batch.ended} == {StopReason.ANSWERED, StopReason.TRUNCATED}
+        return len(batch.groups)
+
+    assert useful() == 3
+    assert useful(mask_truncated=True) == 0
+
+
 def slow(problem: Problem, sample: int) -> int:
     """One sample of every third problem thinks for longer."""
     return 7 if problem in PROBLEMS[::3] and sample == 1 else 2
@@ -191,7 +209,9 @@ def test_groups_that_grew_too_old_are_given_up(template) -> None:
     old = {t.problem_id for g in collect(collector, prompts, 1).carried for t in g.samples}
     assert old
     engine.version = 2
+    given_up = sum(len(group.samples) for group in collector.carried)
     batch = collect(collector, prompts, 3)
+    assert batch.expired == given_up > 0
     assert not any(t.born == 1 for t in batch.ended)
     assert all(version == 2 for t in batch.ended for version in t.versions)
 

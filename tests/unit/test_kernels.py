@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from glmctl.errors import EnvironmentProblem
 from glmctl.kernels import registry
 from glmctl.kernels.rms_norm import rms_norm
 from glmctl.kernels.rope import rope, rotation
@@ -89,3 +90,17 @@ def test_rope_entry_point_keeps_the_dtype() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         turn = rotation(torch.arange(4)[None], 8, 16, 1e4)
         assert rope(draw(1, 4, 2, 16, grad=False).to(dtype), turn).dtype == dtype
+
+
+def test_compile_names_what_is_missing_and_leaves_the_choice_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> object:
+        raise RuntimeError("no working C++ compiler was found\nand a long story")
+
+    registry._compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(
+        EnvironmentProblem, match=r"kernels for cpu here: no working C\+\+ compiler was found$"
+    ) as found:
+        registry.compile_small(True, torch.device("cpu"))
+    assert found.value.hint == "set compile: false"
+    assert registry.op("swiglu") is registry.variants("swiglu")["function"]

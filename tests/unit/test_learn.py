@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 
 import pytest
@@ -337,6 +338,11 @@ def test_nothing_is_trained_twice_in_two_steps(groups) -> None:
     ledger.enter([dataclasses.replace(t, born=2) for t in groups[0]], 2)
     with pytest.raises(invariants.TrainedTwice, match=r"^TrainedTwice: .* trained in step 1 and again in step 3"):
         ledger.enter(groups[0], 3)
+    # a resumed run remembers
+    resumed = Ledger(memory=2)
+    resumed.load_state(json.loads(json.dumps(ledger.state())))
+    with pytest.raises(invariants.TrainedTwice, match="trained in step 1 and again in step 3"):
+        resumed.enter(groups[0], 3)
 
 
 def test_every_broken_invariant_names_itself_and_exits_with_5() -> None:

@@ -229,6 +229,34 @@ def test_the_schema_decides_what_stays_text(key: str, text: str, value: Any) -> 
     assert parse(call, thinking=False, tools=TOOLS).tool_calls[0]["arguments"] == {key: value}
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        ("boolean", "True", True),
+        ("boolean", " False ", False),
+        ("boolean", "yes", "yes"),
+        (["integer", "null"], "None", None),
+        ("object", "{'a': 1, 'b': (True, None)}", {"a": 1, "b": [True, None]}),
+        ("object", '{\\"a\\": \\"x\\"}', {"a": "x"}),
+        ("object", "{1: 2}", "{1: 2}"),
+        ("array", "['x', \"it's\"]", ["x", "it's"]),
+        ("array", "[1e999]", "[1e999]"),
+        ("array", "{1, 2}", "{1, 2}"),
+        ("array", "__import__('os')", "__import__('os')"),
+        ("array", "(" * 5000, "(" * 5000),
+        ("array", "'text'", "'text'"),
+        # where a string may stand, a word of Python is a word
+        (["string", "boolean"], "True", "True"),
+        (None, "True", "True"),
+    ],
+)
+def test_where_no_string_is_allowed_escaped_json_and_python_are_read(kind: Any, text: str, value: Any) -> None:
+    """Spec section 3.2: JSON, unescaped, Python literal, raw."""
+    tools = [{"name": "f", "parameters": {"properties": {"k": {} if kind is None else {"type": kind}}}}]
+    call = f"<tool_call>f\n<arg_key>k</arg_key>\n<arg_value>{text}</arg_value>\n</tool_call>"
+    assert parse(call, thinking=False, tools=tools).tool_calls[0]["arguments"] == {"k": value}
+
+
 @pytest.mark.parametrize("call", ["stop\n", "stop", "stop\\n", " stop \n "])
 def test_a_call_without_arguments(call: str) -> None:
     parsed = parse(f"<tool_call>{call}</tool_call>", thinking=False)

@@ -64,6 +64,10 @@ def test_a_plateau_is_two_windows_of_which_the_later_is_hardly_better() -> None:
         ({0.8: 0.2, 1.0: 0.4, 1.2: 0.6}, 1.2),
         ({0.8: 0.5, 1.0: 0.3, 1.2: 0.497}, 1.2),  # a dip in between does not matter: the largest that is good enough
         ({0.8: 0.0, 1.0: 0.0}, 1.0),
+        (
+            {0.8: -0.500, 1.0: -0.504, 1.2: -0.506},
+            1.0,
+        ),  # rewards may be below zero: 1% of what the best is away from it
     ],
 )
 def test_the_next_temperature_is_the_largest_within_one_percent_of_the_best(scores, chosen: float) -> None:

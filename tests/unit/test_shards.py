@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from glmctl.data.shards import ShardWriter, TokenShards, token_dtype
 from glmctl.errors import DataError, RecipeError
+from glmctl.run import atomic
 
 
 def write(folder: Path, documents: list[list[int]], *, vocab_size: int = 500, shard_tokens: int = 7) -> ShardWriter:
@@ -48,6 +49,27 @@ def test_the_type_is_the_narrowest_that_fits_little_endian(tmp_path: Path, vocab
     data = (tmp_path / "tokens-00000.bin").read_bytes()
     assert data == (1).to_bytes(width, "little") + (vocab_size - 1).to_bytes(width, "little")
     assert TokenShards.open(tmp_path).tokens(0, 2).tolist() == [1, vocab_size - 1]
+
+
+def test_every_byte_is_held_against_the_manifest(tmp_path: Path) -> None:
+    """A flipped bit that still names a token of the vocabulary, and a document's border that still rises."""
+    with atomic.publish(tmp_path / "export") as folder:
+        for split in ("train", "validation"):
+            (folder / split).mkdir()
+            write(folder / split, [[1, 2, 0], [4, 5, 6, 0]])
+    TokenShards.open(tmp_path).verify()
+    for name, place in (("tokens-00000.bin", 0), ("documents.npy", -16)):
+        path = tmp_path / "export" / "train" / name
+        sound = path.read_bytes()
+        damaged = bytearray(sound)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        shards = TokenShards.open(tmp_path)
+        assert shards.tokens(0, 7).max() < 500
+        with pytest.raises(DataError, match=f"{name}: damaged"):
+            shards.verify()
+        TokenShards.open(tmp_path, "validation").verify()
+        path.write_bytes(sound)
 
 
 def test_a_run_a_data_folder_and_a_split_all_open(tmp_path: Path) -> None:
