@@ -279,12 +279,16 @@ def _end(process: subprocess.Popen[bytes], *, drain: bool) -> None:
     """Stop the whole session, if it is still there, and take the exit code.
 
     A kill is not a barrier. Emptying the control group is one; where there is none, `drain`: the box is empty when
-    nobody holds its outputs any more.
+    bubblewrap's child, the init of its namespace, is gone, which takes everybody in it along first, and nobody holds
+    the outputs any more (a candidate may have closed them and live).
     """
+    deadline = time.monotonic() + EMPTY_SECONDS if drain else 0.0
     if process.poll() is None:
+        children = _children(process.pid)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    deadline = time.monotonic() + EMPTY_SECONDS if drain else 0.0
+        while any(map(_lives, children)) and time.monotonic() < deadline:
+            time.sleep(0.001)
     for stream in (process.stdout, process.stderr):
         assert stream is not None
         while (left := deadline - time.monotonic()) > 0:
@@ -293,3 +297,19 @@ def _end(process: subprocess.Popen[bytes], *, drain: bool) -> None:
     for stream in (process.stdin, process.stdout, process.stderr):
         if stream is not None and not stream.closed:
             stream.close()
+
+
+def _children(pid: int) -> list[int]:
+    """Processes that `pid` has started and not waited for; none where the kernel does not tell."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process is there and no zombie, which a namespace's init becomes when all others in it are gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] != "Z"
+    except (OSError, IndexError):
+        return False
