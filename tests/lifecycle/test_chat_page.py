@@ -15,7 +15,6 @@ import os
 import shutil
 import subprocess
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,8 +113,7 @@ class ScriptedEngine:
         if asked == "for ever":
             yield from tokens
             while True:
-                # at the pace of a fast model: without one the text grows by thousands of words a second
-                time.sleep(0.005)
+                # as fast as this process can: no page may be starved by a server
                 yield from self._tokenizer.encode_plain(" on")
         if asked in self.replies:
             yield from [*tokens, *self._tokenizer.encode_plain("\n" + self.replies[asked])]

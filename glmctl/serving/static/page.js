@@ -1,10 +1,11 @@
-// One conversation with the server that this page came from. Whatever a model or a server says is set as
-// textContent, never as HTML; the Content-Security-Policy would not run it either.
+// One conversation with the server that this page came from. Whatever a model or a server says becomes
+// text, never HTML; the Content-Security-Policy would not run it either.
 
 const $ = (id) => document.getElementById(id);
 const messages = [];
 let running = null; // AbortController of the answer under way
 let model = null;
+const FRAME = 16; // milliseconds of reading an answer after which the page gets its turn
 
 function make(parent, tag, className, text = "") {
   const element = document.createElement(tag);
@@ -40,12 +41,35 @@ async function drafts() {
   return [read("drafts"), read("drafts_accepted")];
 }
 
+// Adds to what an element shows; setting all of it again would take longer with every token.
+function extend(element, piece) {
+  if (element.firstChild) element.firstChild.appendData(piece);
+  else element.append(piece);
+}
+
+// Scrolls to the end with the next frame: asking for the height lays the page out, so not at every token.
+let following = false;
+function follow() {
+  if (following) return;
+  following = true;
+  requestAnimationFrame(() => {
+    following = false;
+    $("talk").scrollTop = $("talk").scrollHeight;
+  });
+}
+
 // the data of server-sent events, whatever the network's pieces are
 async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let buffer = "";
+  let since = performance.now();
   for (;;) {
     const { value, done } = await reader.read();
+    // a server faster than the page would otherwise leave no moment to draw, or to press Stop
+    if (performance.now() - since > FRAME) {
+      await new Promise((resume) => setTimeout(resume));
+      since = performance.now();
+    }
     if (done) return;
     buffer += value;
     const whole = buffer.split("\n\n");
@@ -67,10 +91,10 @@ class Turn {
       if (this.thought) this.thought.open = false;
       this.text ??= make(this.element, "div", "text");
       this.message.content += delta.content;
-      this.text.textContent = this.message.content;
+      extend(this.text, delta.content);
     }
     for (const part of delta.tool_calls ?? []) this.call(part);
-    $("talk").scrollTop = $("talk").scrollHeight;
+    follow();
   }
 
   think(piece) {
@@ -81,7 +105,7 @@ class Turn {
       this.thoughtText = make(this.thought, "div", "text");
     }
     this.message.reasoning_content = (this.message.reasoning_content ?? "") + piece;
-    this.thoughtText.textContent = this.message.reasoning_content;
+    extend(this.thoughtText, piece);
   }
 
   call(part) {
@@ -93,8 +117,9 @@ class Turn {
       call = { id: part.id, name: part.function.name, arguments: "", box, shown: make(box, "pre", "") };
       this.calls[part.index] = call;
     }
-    call.arguments += part.function.arguments ?? "";
-    call.shown.textContent = call.arguments;
+    const piece = part.function.arguments ?? "";
+    call.arguments += piece;
+    extend(call.shown, piece);
   }
 
   finish(reason) {
