@@ -73,7 +73,8 @@ class Session:
         self._arithmetic = {
             "processes": accelerator.num_processes,
             "threads": torch.get_num_threads(),
-            "kernels": "C++" if library() is not None else "torch",
+            # not asked for where they cannot be used: asking compiles them
+            "kernels": "C++" if accelerator.device.type == "cpu" and library() is not None else "torch",
         }
         self._writer = checkpoint.BackgroundWriter()
         # however a driver ends, nothing is written any more when the run gives its lock back
