@@ -16,12 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
 import time
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +27,7 @@ import yaml
 
 from glmctl.recipe.load import load
 from glmctl.recipe.schema import PipelineRecipe
-from glmctl.run.charts import Series, line_chart
+from glmctl.run.charts import Series, line_chart, standalone
 from glmctl.run.metrics import MetricsLog
 
 KEPT = ("heldout_start", "heldout_end", "heldout_gain_points", "well_formed")
@@ -121,11 +119,7 @@ def plot(runs: dict[str, list[Path]], path: Path) -> None:
     picture = line_chart(
         lines, title="Held-out accuracy", y_label="greedy, share of 1", zero=True, width=900, height=360
     )
-    page = resources.files("glmctl.run").joinpath("report.html").read_text(encoding="utf-8")
-    style = re.search(r"<style>.*?</style>", page, re.DOTALL)
-    assert style is not None
-    head, body = picture.split(">", 1)
-    path.write_text(f'{head} xmlns="http://www.w3.org/2000/svg">{style[0]}{body}\n', encoding="utf-8")
+    path.write_text(standalone(picture), encoding="utf-8")
 
 
 def main() -> None:

@@ -20,7 +20,8 @@ def study(
 ) -> None:
     """Run stages under several settings and seeds and compare them; an interrupted study continues.
 
-    The result is study.html (plots), study.json, and report.html of all stages.
+    The result is study.html (its plots also as plots/*.svg), study.json, and
+    report.html of all stages.
     """
     from glmctl.recipe.load import load
     from glmctl.recipe.schema import StudyRecipe

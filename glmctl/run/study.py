@@ -3,7 +3,7 @@
 `before` runs once. Each of `stages` runs as `<stage>-<arm>-<seed>`; where its `set` names another repeated `${stage}`,
 that of the same arm and seed is meant. An arm with settings to `search` first tries each on the first seed, as
 `<stage>-<arm>-<place>-<seed>`, and goes on to the other seeds with the best. The result is `study.json` and
-`study.html` beside the pipeline's own files.
+`study.html` beside the pipeline's own files, its pictures also as files under `plots/`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from glmctl import console
 from glmctl.errors import DataError, DivergedError
 from glmctl.recipe.schema import PipelineRecipe, PipelineStage, StudyRecipe
 from glmctl.run import atomic
+from glmctl.run.charts import standalone
 from glmctl.run.metrics import MetricsLog
 from glmctl.run.pipeline import PLACEHOLDER, Execute, Load, run_pipeline
-from glmctl.run.study_result import Found, Outcome, Points, Trial, page, setting_words, shown
+from glmctl.run.study_result import Found, Outcome, Points, Trial, page, plots, setting_words, shown
 
 
 def run_study(recipe: StudyRecipe, root: Path, load: Load, execute: Execute, fresh: bool = False) -> dict[str, Any]:
@@ -43,6 +44,9 @@ def run_study(recipe: StudyRecipe, root: Path, load: Load, execute: Execute, fre
     body = outcome.as_json(recipe)
     atomic.write_json(root / "study.json", body)
     atomic.write_text(root / "study.html", page(recipe, outcome))
+    (root / "plots").mkdir(exist_ok=True)
+    for name, picture in plots(recipe, outcome).items():
+        atomic.write_text(root / "plots" / name, standalone(picture))
     rows = [[metric, *(shown(values) for values in arms.values())] for metric, arms in outcome.found.items()]
     console.table(f"{recipe.name}: mean and deviation over {len(recipe.seeds)} seeds", ["metric", *recipe.arms], rows)
     console.note(f"plots: {root / 'study.html'}")

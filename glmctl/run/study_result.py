@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -52,13 +53,19 @@ class Outcome:
         return {"name": recipe.name, "seeds": recipe.seeds, "metrics": metrics, "search": search}
 
 
-def page(recipe: StudyRecipe, outcome: Outcome) -> str:
-    """The whole page."""
-    cards = [_bars(recipe, metric, arms) for metric, arms in outcome.found.items()]
+def plots(recipe: StudyRecipe, outcome: Outcome) -> dict[str, str]:
+    """The pictures by file name: the bars of every metric, then every curve."""
+    found = {f"{_slug(metric)}.svg": _bars(recipe, metric, arms) for metric, arms in outcome.found.items()}
     for label, arms in outcome.curves.items():
         series = [Series(arm, points) for arm, points in arms.items() if points]
-        cards.append(line_chart(series, title=f"{label}, mean of the seeds", x_label="tokens"))
-    grid = "".join(f'<div class="card">{card}</div>' for card in cards)
+        chart = line_chart(series, title=f"{label}, mean of the seeds", x_label="tokens")
+        found[f"{_slug(label)}-curve.svg"] = chart
+    return found
+
+
+def page(recipe: StudyRecipe, outcome: Outcome) -> str:
+    """The whole page."""
+    grid = "".join(f'<div class="card">{card}</div>' for card in plots(recipe, outcome).values())
     changes = "".join(
         f"<li><b>{escape(arm)}</b>: {escape(_settings(recipe, outcome, arm))}</li>" for arm in recipe.arms
     )
@@ -89,6 +96,11 @@ def moments(values: Sequence[float]) -> dict[str, float]:
 def setting_words(setting: Mapping[str, Any]) -> str:
     """`peak_lr 0.01, final_lr 0.001`: the last words of its keys with their values."""
     return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in setting.items())
+
+
+def _slug(label: str) -> str:
+    """A file's name of a label: letters and digits, the rest dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
 
 
 def _shares(values: Sequence[float]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from pydantic import ValidationError
@@ -80,6 +81,9 @@ def test_every_arm_and_seed_is_run_and_compared(tmp_path: Path) -> None:
     page = (tmp_path / "study.html").read_text()
     assert page.count("<svg") == 2
     assert "75.0% ± 0.0%" in page
+    pictures = {path.name: ElementTree.fromstring(path.read_text()) for path in (tmp_path / "plots").iterdir()}
+    assert sorted(pictures) == ["accuracy.svg", "loss.svg"]
+    assert all("font-family" in "".join(picture.itertext()) for picture in pictures.values()), "each has its style"
     run_study(study(), tmp_path, loaded, execute)
     assert len(ran) == 9, "nothing is run twice"
 
