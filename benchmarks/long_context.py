@@ -3,8 +3,9 @@
     glmctl run laptop/long-context
     python benchmarks/long_context.py runs/laptop-long-context
 
-Each probe is prose of the full length with one fact ("The number of lemon is 47.") at one depth; it is found when the
-model's greedy continuation of the question is the number and nothing else. The texts' seeds are not those of training.
+Each probe is prose of the full length with one fact ("Remember lemon tiger.") at one depth, then "To recall: Remember
+lemon"; it is found when the model goes on, greedily, with "tiger." The texts' seeds are not those of training, and there
+are 85 values to guess among.
 Prints a table and, last, one JSON object.
 """
 
@@ -37,7 +38,7 @@ def found(model: GlmMoe, tokenizer: Tokenizer, length: int, depth: float, probes
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the run of laptop/long-context")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 1024, 4096])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096])
     parser.add_argument("--depths", type=int, default=11, help="from 0 to 1, evenly")
     parser.add_argument("--probes", type=int, default=20, help="at each depth")
     given = parser.parse_args()

@@ -1,8 +1,12 @@
 """Documents with facts to be found again at their end: what the long rows of mid-training are to teach.
 
-A document is prose with a few facts between its sentences ("The number of lemon is 47.") and a last part that states
-each of them again, in another order. The second statement can only be known from the first, however far back it is.
+A document is prose with a few facts between its sentences ("Remember lemon tiger.") and a last part that states each of
+them again, in another order. A fact's second word can only be known from where it was said before, however far back.
 The same words make the probe that measures it: one fact at a chosen depth of a context of a chosen length.
+
+A model learns to look back (induction: find the last place of this word, and copy what came after) only from text where
+that pays often. A few facts among prose pay too seldom: a rehearsal, random words in an order that is then said again,
+pays at every second word, and is what the first stage mixes in.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from glmctl.recipe.data import RetrievalSource
 
 RECALL = "\nTo recall:"
+AGAIN = "\nAgain:"
 MAX_FACTS = 8
 
 _WORDS = (
@@ -33,24 +38,25 @@ _WORDS = (
     "saffron sandal scarf seal shadow silver sparrow spruce stone summit swan tablet thistle thunder tiger timber "
     "topaz trumpet tulip tunnel turtle umbrella valley velvet violet walnut whale willow winter wolf zebra"
 )
-_NAMES = _WORDS.split()
+_ALL = _WORDS.split()
+_NAMES, _VALUES = _ALL[::2], _ALL[1::2]
 
 
 class Fact(NamedTuple):
     """One thing to remember."""
 
     name: str
-    number: int
+    value: str
 
     @property
     def asked(self) -> str:
         """The statement up to what has to be recalled."""
-        return f" The number of {self.name} is"
+        return f" Remember {self.name}"
 
     @property
     def stated(self) -> str:
         """The whole sentence."""
-        return f"{self.asked} {self.number}."
+        return f"{self.asked} {self.value}."
 
 
 class Probe(NamedTuple):
@@ -64,7 +70,11 @@ def documents(source: RetrievalSource, first: int, last: int) -> Iterator[str]:
     """Documents number `first` ... `last` (exclusive) of the source: each by its number and the source's seed alone."""
     for number in range(first, last):
         rng = random.Random(f"retrieval:{source.seed}:{number}")
-        yield document(rng, rng.randint(*source.characters), rng.randint(1, source.facts))
+        characters = rng.randint(*source.characters)
+        if rng.random() < source.rehearsals:
+            yield rehearsal(rng, characters)
+        else:
+            yield document(rng, characters, rng.randint(1, source.facts))
 
 
 def document(rng: random.Random, characters: int, count: int) -> str:
@@ -77,12 +87,22 @@ def document(rng: random.Random, characters: int, count: int) -> str:
     return "".join(sentences).strip() + tail + "\n"
 
 
+def rehearsal(rng: random.Random, characters: int) -> str:
+    """Random words, half of `characters` of them, and the same words in the same order again."""
+    words, size = list[str](), 0
+    while 2 * size < characters:
+        words.append(rng.choice(_ALL))
+        size += len(words[-1]) + 1
+    said = " ".join(words)
+    return f"{said}{AGAIN} {said}\n"
+
+
 def probe(rng: random.Random, characters: int, depth: float) -> Probe:
     """Prose of about `characters` with one fact at `depth` (0 beginning, 1 end), up to the fact's recall."""
     (fact,) = draw(rng, 1)
     sentences = _prose(rng, characters - 2 * len(fact.stated) - len(RECALL))
     sentences.insert(round(depth * len(sentences)), fact.stated)
-    return Probe("".join(sentences).strip() + RECALL + fact.asked, f" {fact.number}.")
+    return Probe("".join(sentences).strip() + RECALL + fact.asked, f" {fact.value}.")
 
 
 def probe_of_tokens(
@@ -99,9 +119,9 @@ def probe_of_tokens(
 
 
 def draw(rng: random.Random, count: int) -> list[Fact]:
-    """Facts of different names and numbers of two digits."""
-    numbers = rng.sample(range(10, 100), count)
-    return [Fact(name, number) for name, number in zip(rng.sample(_NAMES, count), numbers, strict=True)]
+    """Facts of different names and different values."""
+    pairs = zip(rng.sample(_NAMES, count), rng.sample(_VALUES, count), strict=True)
+    return [Fact(name, value) for name, value in pairs]
 
 
 def _prose(rng: random.Random, characters: int) -> list[str]:
@@ -117,8 +137,8 @@ def _prose(rng: random.Random, characters: int) -> list[str]:
 
 @lru_cache(maxsize=1)
 def _sentences() -> list[str]:
-    """Sentences of the bundled Jargon File in their order; numbers are left out, so that only facts hold any."""
+    """Sentences of the bundled Jargon File in their order, without those that could be taken for a fact."""
     packed = resources.files("glmctl.data").joinpath("corpora", "jargon-4.4.7.jsonl.gz").read_bytes()
     texts = [json.loads(line)["text"] for line in gzip.decompress(packed).decode("utf-8").splitlines()]
     split = (sentence for text in texts for sentence in re.split(r"(?<=[.!?])\s+", " ".join(text.split())))
-    return [sentence for sentence in split if 20 <= len(sentence) <= 200 and not re.search(r"\d", sentence)]
+    return [sentence for sentence in split if 20 <= len(sentence) <= 200 and "Remember" not in sentence]

@@ -125,6 +125,7 @@ class RetrievalSource(Section):
     documents: int = Field(gt=0)
     characters: tuple[int, int] = Field(description="shortest and longest document; a token is about three")
     facts: int = Field(4, gt=0, le=8, description="most facts in a document; each has at least one")
+    rehearsals: float = Field(0.0, ge=0.0, le=1.0, description="share of documents that are random words said twice")
     seed: int = Field(0, ge=0)
     weight: float = Field(1.0, gt=0)
     max_bytes: int | None = Field(None, gt=0)

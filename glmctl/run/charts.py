@@ -130,12 +130,13 @@ def finite(points: Sequence[Point]) -> list[Point]:
 
 
 def standalone(picture: str) -> str:
-    """A file of its own: a picture of this module with the report page's style inside."""
+    """A file of its own: a picture of this module with the report page's style and ground inside."""
     page = resources.files("glmctl.run").joinpath("report.html").read_text(encoding="utf-8")
     style = re.search(r"<style>.*?</style>", page, re.DOTALL)
     assert style is not None
     head, body = picture.split(">", 1)
-    return f'{head} xmlns="http://www.w3.org/2000/svg">{style[0]}{body}\n'
+    ground = "<style>svg { background: var(--card); padding: 10px; font-family: system-ui, sans-serif; }</style>"
+    return f'{head} xmlns="http://www.w3.org/2000/svg">{style[0]}{ground}{body}\n'
 
 
 def _svg(frame: Frame, title: str, body: list[str], kind: str, *, unit: str = "") -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -15,7 +16,7 @@ from glmctl.data.tokenizer import Tokenizer
 from glmctl.data.units import plan
 from glmctl.recipe.schema import RetrievalSource
 
-FACT = re.compile(r"The number of (\w+) is (\d\d)\.")
+FACT = re.compile(r"Remember (\w+) (\w+)\.")
 
 
 def source(**changes: object) -> RetrievalSource:
@@ -29,8 +30,27 @@ def test_every_fact_of_the_end_stands_once_before_it() -> None:
         assert 1 <= len(FACT.findall(recall)) <= 4
         assert Counter(FACT.findall(body)) == Counter(FACT.findall(recall))
         assert len({name for name, _ in FACT.findall(recall)}) == len(FACT.findall(recall))
-        assert not re.search(r"\d", FACT.sub("", document.text)), "nothing else holds a number"
+        assert "Remember" not in FACT.sub("", document.text), "nothing else could be taken for a fact"
         assert 350 <= len(document.text) <= 1200
+
+
+def test_a_rehearsal_says_its_words_twice_and_no_word_tells_the_next() -> None:
+    texts = [document.text for document in documents([source(documents=300, rehearsals=1.0)], 0)]
+    followers: dict[str, set[str]] = {}
+    for text in texts:
+        first, again = text.strip().split(retrieval.AGAIN)
+        assert first.split() == again.split()
+        assert 350 <= len(text) <= 1000
+        for word, following in pairwise(first.split()):
+            followers.setdefault(word, set()).add(following)
+    assert min(len(following) for following in followers.values()) > 20
+
+
+def test_rehearsals_are_the_stated_share_of_the_documents() -> None:
+    texts = [document.text for document in documents([source(documents=400, rehearsals=0.5)], 0)]
+    share = sum(retrieval.AGAIN in text for text in texts) / len(texts)
+    assert share == pytest.approx(0.5, abs=0.08)
+    assert all((retrieval.AGAIN in text) != (retrieval.RECALL in text) for text in texts)
 
 
 def test_facts_come_at_any_depth() -> None:
@@ -65,9 +85,9 @@ def test_a_probe_has_one_fact_at_its_depth_and_ends_where_it_is_asked_for(
     tokens, answer = retrieval.probe_of_tokens(random.Random(5), tiny_tokenizer.encode_plain, 700, depth)
     assert 600 <= len(tokens) <= 700
     text = tiny_tokenizer.decode(tokens)
-    (name, number) = FACT.findall(text)[0]
+    (name, value) = FACT.findall(text)[0]
     assert len(FACT.findall(text)) == 1
-    assert answer == f" {number}."
-    assert text.endswith(f"{retrieval.RECALL} The number of {name} is")
-    place = text.index("The number of") / text.index(retrieval.RECALL)
+    assert answer == f" {value}."
+    assert text.endswith(f"{retrieval.RECALL} Remember {name}")
+    place = text.index("Remember") / text.index(retrieval.RECALL)
     assert place == pytest.approx(depth, abs=0.15)
