@@ -43,12 +43,13 @@ def generate(
 
     from glmctl.data.chat import ChatTemplate
     from glmctl.engine.request import SamplingParams
+    from glmctl.engine.runners import device_for
     from glmctl.model.folder import load_model
     from glmctl.run.directory import resolve_model
 
     folder = resolve_model(model)
     template = ChatTemplate.load(folder)
-    network = load_model(folder)
+    network = load_model(folder, device=device_for())
     template.tokenizer.require_fits(network.config.vocab_size, str(folder))
     params = SamplingParams(
         max_tokens=max_tokens,
@@ -80,9 +81,7 @@ def _plain(network: GlmMoe, template: ChatTemplate, ids: list[int], params: Samp
 
 
 def _reply(network: GlmMoe, template: ChatTemplate, ids: list[int], params: SamplingParams, *, thinking: bool) -> None:
-    from glmctl.data.parsing import StreamParser
-
-    parser, screen = StreamParser(thinking=thinking), _Screen()
+    parser, screen = template.stream_parser(thinking=thinking), _Screen()
 
     def show(piece: str) -> None:
         screen.show(parser.feed(piece))

@@ -38,11 +38,11 @@ def value_of(text: str, types: frozenset[str] | None) -> tuple[Any, str]:
     if types == frozenset({"string"}):
         return raw
     # without a schema, or where a string may stand, `None` is as likely a word as a value
-    readings = [_json, _escaped_json, _python] if types and "string" not in types else [_json]
+    readings = [read_json, _escaped_json, _python] if types and "string" not in types else [read_json]
     for read in readings:
         try:
             value = read(text)
-            as_json = json.dumps(value, ensure_ascii=False, allow_nan=False)
+            as_json = json_text(value)
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             continue
         if isinstance(value, str) or (types and "string" in types and not types & _json_types(value)):
@@ -51,13 +51,22 @@ def value_of(text: str, types: frozenset[str] | None) -> tuple[Any, str]:
     return raw
 
 
-def _json(text: str) -> Any:
+def read_json(text: str) -> Any:
+    """The value of JSON text. ValueError for what is none (`NaN` and numbers out of range too), RecursionError for
+    what is nested too deeply."""
     return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON that can be sent: ValueError for infinities, and for half a character (an escaped surrogate)."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    text.encode("utf-8")
+    return text
 
 
 def _escaped_json(text: str) -> Any:
     """JSON as it stands inside of a JSON string: `{\\"a\\": 1}`."""
-    return _json(json.loads(f'"{text}"'))
+    return read_json(json.loads(f'"{text}"'))
 
 
 def _python(text: str) -> Any:

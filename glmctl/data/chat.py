@@ -19,13 +19,14 @@ from typing import Any, Literal
 
 import jinja2
 
+from glmctl.data.json_calls import JsonCallParser
 from glmctl.data.messages import Message, settled
-from glmctl.data.parsing import Parsed, parse
+from glmctl.data.parsing import Parsed, StreamParser
 from glmctl.data.sandbox import MARK_END, MARK_START, compile_template
 from glmctl.data.template_source import exported_template, training_template, without_marks
 from glmctl.data.template_worker import ForeignTemplate
 from glmctl.data.tokenizer import NOTHINK, OBSERVATION, USER, Tokenizer
-from glmctl.data.tool_styles import Calls, parse_json_calls, styled, styles
+from glmctl.data.tool_styles import Calls, styled, styles
 from glmctl.errors import DataError
 
 LossOn = Literal["last_message", "last_turn", "all_turns"]
@@ -56,14 +57,11 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self._where = where
         self._foreign: ForeignTemplate | None = None
-        self.calls: Calls = "tags"
-        """how a tool call is written"""
         self._ours = training_template()
         if source is None or source in (exported_template(), training_template()):
             self.source = exported_template()
         elif source in styles():
-            self.calls, declaration = styles()[source]
-            self._ours = styled(self.calls, declaration)
+            self._ours = styled(*styles()[source])
             self.source = without_marks(self._ours)
         else:
             self.source = source
@@ -89,6 +87,21 @@ class ChatTemplate:
             raise DataError(f"{path}: not UTF-8 text") from error
         return cls(tokenizer, source, where=str(path))
 
+    @functools.cached_property
+    def calls(self) -> Calls:
+        """How a tool call is written. A foreign template is asked to write one; one that cannot, or writes neither,
+        counts as GLM-4.5's own."""
+        if self._foreign is None:
+            return styles()[self._ours][0]
+        probe = {"name": "probe", "arguments": {"key": 1}}
+        calling = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": probe}]}
+        try:
+            text = self.render([{"role": "user", "content": "?"}, calling])
+        except DataError:
+            return "tags"
+        _, tag, call = text.rpartition("<tool_call>")
+        return "json" if JsonCallParser(thinking=False).read(tag + call).tool_calls == [probe] else "tags"
+
     # ------------------------------------------------------------------ text
 
     def render(
@@ -107,10 +120,12 @@ class ChatTemplate:
         return self._run({**context, MARK_START: "", MARK_END: ""})
 
     def parse(self, text: str, tools: Sequence[Mapping[str, Any]] | None = None, *, thinking: bool = True) -> Parsed:
-        """One assistant turn back from text, in the style in which this template writes calls."""
-        if self.calls == "json":
-            return parse_json_calls(text, thinking=thinking)
-        return parse(text, thinking=thinking, tools=tools)
+        """One assistant turn back from text, in the style in which this template writes calls; see `parsing.parse`."""
+        return self.stream_parser(tools, thinking=thinking).read(text)
+
+    def stream_parser(self, tools: Sequence[Mapping[str, Any]] | None = None, *, thinking: bool = True) -> StreamParser:
+        """The same for a turn that arrives in pieces."""
+        return (JsonCallParser if self.calls == "json" else StreamParser)(thinking, tools)
 
     # ------------------------------------------------------------------ tokens
 

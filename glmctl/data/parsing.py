@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
 from glmctl.data.arguments import argument_types, value_of
+from glmctl.data.tags import Tags, Trimmed
 
 CLOSING = ("<|user|>", "<|observation|>", "<|endoftext|>")
 
@@ -83,15 +84,15 @@ def parse(text: str, *, thinking: bool = True, tools: Sequence[Mapping[str, Any]
     token at the end is dropped. Calls are read to their end tag in order, so a value may contain anything but
     `</arg_value>`.
     """
-    closing = next((token for token in CLOSING if text.endswith(token)), "")
-    parser = StreamParser(thinking=thinking, tools=tools)
-    parser.feed(text.removesuffix(closing))
-    parser.finish()
-    return parser.parsed
+    return StreamParser(thinking=thinking, tools=tools).read(text)
 
 
 class StreamParser:
-    """`parse` for text that arrives in pieces: `feed` each one, then `finish`; `parsed` is the whole."""
+    """`parse` for text that arrives in pieces: `feed` each one, then `finish`; `parsed` is the whole.
+
+    What stands in a `<tool_call>` is read by `_in_name` and the states that it leads to; another style of calls
+    overrides it (`json_calls`), so that everything around the calls is read alike.
+    """
 
     def __init__(self, thinking: bool = True, tools: Sequence[Mapping[str, Any]] | None = None) -> None:
         self._thinking = thinking
@@ -100,8 +101,8 @@ class StreamParser:
         self._buffer = ""
         self._at = 0  # everything before it has been read
         self._deltas: list[Delta] = []
-        self._reasoning = _Trimmed(lambda text: self._deltas.append(Delta(reasoning=text)))
-        self._content = _Trimmed(lambda text: self._deltas.append(Delta(content=text)))
+        self._reasoning = Trimmed(lambda text: self._deltas.append(Delta(reasoning=text)))
+        self._content = Trimmed(lambda text: self._deltas.append(Delta(content=text)))
         self._parts: list[str] = []
         self._calls: list[dict[str, Any]] = []
         self._name = ""
@@ -135,11 +136,23 @@ class StreamParser:
         deltas = self._advance()
         if self._state is _State.REASONING:
             self._trouble("<think> is not closed")
-        elif self._state not in (_State.START, _State.CONTENT, _State.AFTER_CALL):
+        elif self.called and self._state is not _State.AFTER_CALL:
             self._trouble("<tool_call> is not closed")
         elif self._state is _State.START and self._thinking:
             self._trouble("there is no <think> block")
         return deltas
+
+    def read(self, text: str) -> Parsed:
+        """A whole turn at once, as `parse` takes it."""
+        closing = next((token for token in CLOSING if text.endswith(token)), "")
+        self.feed(text.removesuffix(closing))
+        self.finish()
+        return self.parsed
+
+    @property
+    def called(self) -> bool:
+        """Whether a tool call has begun; one that is quoted in the reasoning is none."""
+        return self._state not in (_State.START, _State.REASONING, _State.CONTENT)
 
     @property
     def parsed(self) -> Parsed:
@@ -164,7 +177,7 @@ class StreamParser:
     def _trouble(self, problem: str) -> None:
         self._problem = self._problem or problem
 
-    def _until(self, tags: _Tags) -> tuple[str, str | None]:
+    def _until(self, tags: Tags) -> tuple[str, str | None]:
         """Consume text up to and including the first of `tags`; without one, all that cannot begin a tag."""
         match = tags.pattern.search(self._buffer, self._at)
         begin = self._at
@@ -175,7 +188,7 @@ class StreamParser:
         self._at = len(self._buffer) - (0 if self._finished else tags.partial(tail))
         return self._buffer[begin : self._at], None
 
-    def _next_tag(self, tags: _Tags) -> str | None:
+    def _next_tag(self, tags: Tags) -> str | None:
         """Skip white space; consume and return a tag that stands there, "" if something else does, None to wait."""
         space = _SPACE.match(self._buffer, self._at)
         assert space is not None, "the pattern matches the empty string"
@@ -189,7 +202,7 @@ class StreamParser:
             return None
         return ""
 
-    def _collect(self, tags: _Tags) -> tuple[str, str] | None:
+    def _collect(self, tags: Tags) -> tuple[str, str] | None:
         """Text before the next of `tags`, gathered over feeds; None while the tag has not come."""
         text, tag = self._until(tags)
         self._parts.append(text)
@@ -245,12 +258,9 @@ class StreamParser:
             return False
         name, tag = found[0].strip(), found[1]
         if not name or _NOT_IN_NAME.search(name):
-            self._trouble("a tool call has no proper name")
-            self._state = _State.AFTER_CALL if tag == _END_CALL else _State.BROKEN_CALL
+            self._break("a tool call has no proper name", closed=tag == _END_CALL)
             return True
-        self._name, self._arguments = name, {}
-        self._started += 1
-        self._deltas.append(Delta(tool_index=self._started - 1, tool_name=name))
+        self._begin_call(name)
         if tag == _END_CALL:
             self._end_call()
         else:
@@ -325,73 +335,34 @@ class StreamParser:
             self._state = _State.NAME
         return tag is not None
 
-    def _end_call(self) -> None:
-        self._deltas.append(Delta(tool_index=self._started - 1, arguments="}" if self._arguments else "{}"))
+    def _begin_call(self, name: str) -> None:
+        self._name, self._arguments = name, {}
+        self._started += 1
+        self._deltas.append(Delta(tool_index=self._started - 1, tool_name=name))
+
+    def _end_call(self, text: str | None = None) -> None:
+        """text: what is still to be passed on of the arguments, for one that has not passed them on as they came."""
+        text = text or ("}" if self._arguments else "{}")
+        self._deltas.append(Delta(tool_index=self._started - 1, arguments=text))
         self._calls.append({"name": self._name, "arguments": self._arguments})
         self._state = _State.AFTER_CALL
 
-    def _break(self, problem: str) -> None:
+    def _break(self, problem: str, *, closed: bool = False) -> None:
+        """Leave a call out. closed: its end tag is read."""
         self._trouble(problem)
-        self._state = _State.BROKEN_CALL
+        self._state = _State.AFTER_CALL if closed else _State.BROKEN_CALL
 
 
-class _Trimmed:
-    """Text without white space at either end, passed on as soon as that is certain."""
-
-    def __init__(self, emit: Callable[[str], None]) -> None:
-        self._emit = emit
-        self._pieces: list[str] = []
-        self._space: list[str] = []
-
-    def add(self, text: str) -> None:
-        body = text.rstrip()
-        if not body:
-            if self._pieces and text:
-                self._space.append(text)
-            return
-        piece = "".join([*self._space, body]) if self._pieces else body.lstrip()
-        self._space = [text[len(body) :]]
-        self._pieces.append(piece)
-        self._emit(piece)
-
-    @property
-    def text(self) -> str:
-        return "".join(self._pieces)
-
-
-@dataclass(frozen=True)
-class _Tags:
-    """A set of fixed strings to look for."""
-
-    all: tuple[str, ...]
-    pattern: re.Pattern[str] = field(init=False)
-    longest: int = field(init=False)
-    beginnings: frozenset[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "pattern", re.compile("|".join(map(re.escape, self.all))))
-        object.__setattr__(self, "longest", max(map(len, self.all)))
-        proper = (tag[:length] for tag in self.all for length in range(1, len(tag)))
-        object.__setattr__(self, "beginnings", frozenset(proper))
-
-    def partial(self, text: str) -> int:
-        """Length of the longest end of `text` that could grow into one of the strings."""
-        for length in range(min(self.longest - 1, len(text)), 0, -1):
-            if text[-length:] in self.beginnings:
-                return length
-        return 0
-
-
-_OPENING = _Tags((_THINK,))
-_IN_REASONING = _Tags((_END_THINK, _THINK, *_ROLES))
-_IN_CONTENT = _Tags((_CALL, *_STRAY))
+_OPENING = Tags((_THINK,))
+_IN_REASONING = Tags((_END_THINK, _THINK, *_ROLES))
+_IN_CONTENT = Tags((_CALL, *_STRAY))
 # a literal backslash-n in place of the newline is a slip that released models make
-_AFTER_NAME = _Tags(("\n", "\\n", _KEY, _END_CALL))
-_NEXT_ARGUMENT = _Tags((_KEY, _END_CALL))
-_END_OF_KEY = _Tags((_END_KEY, _VALUE, _END_CALL, _KEY))
-_OPEN_VALUE = _Tags((_VALUE,))
-_END_OF_VALUE = _Tags((_END_VALUE,))
-_END_OF_CALL = _Tags((_END_CALL,))
-_NEXT_CALL = _Tags((_CALL,))
+_AFTER_NAME = Tags(("\n", "\\n", _KEY, _END_CALL))
+_NEXT_ARGUMENT = Tags((_KEY, _END_CALL))
+_END_OF_KEY = Tags((_END_KEY, _VALUE, _END_CALL, _KEY))
+_OPEN_VALUE = Tags((_VALUE,))
+_END_OF_VALUE = Tags((_END_VALUE,))
+_END_OF_CALL = Tags((_END_CALL,))
+_NEXT_CALL = Tags((_CALL,))
 _SPACE = re.compile(r"\s*")
 _NOT_IN_NAME = re.compile(r"[\s<>]")

@@ -9,19 +9,15 @@ renders it (transformers, vLLM) needs nothing of ours.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib import resources
-from typing import Any, Literal
+from typing import Literal
 
-from glmctl.data.parsing import Parsed, parse
 from glmctl.data.template_source import exported_template, training_template, without_marks
 
 Calls = Literal["tags", "json"]
 Declaration = Literal["json", "typescript"]
 
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _DECLARED = """\
     {{- 'Each line between <tools> and </tools> describes one of them as JSON:\\n<tools>\\n' -}}
     {%- for tool in tools -%}
@@ -80,40 +76,6 @@ def styles() -> Mapping[str, tuple[Calls, Declaration]]:
             found |= dict.fromkeys((source, without_marks(source)), (calls, declaration))
     assert found[exported_template()] == ("tags", "json")
     return found
-
-
-def parse_json_calls(text: str, *, thinking: bool = True) -> Parsed:
-    """`parsing.parse` for `calls: json`: each `<tool_call>` block holds one {"name", "arguments"}."""
-    before, found, rest = text.partition(_OPEN)
-    read = parse(before, thinking=thinking)
-    calls: list[dict[str, Any]] = []
-    problem = read.problem
-    while found:
-        block, closed, rest = rest.partition(_CLOSE)
-        call = _call_of(block)
-        if not closed:
-            problem = problem or "<tool_call> is not closed"
-        elif isinstance(call, str):
-            problem = problem or call
-        else:
-            calls.append(call)
-        between, found, rest = rest.partition(_OPEN)
-        if between.strip():
-            problem = problem or "text after a tool call"
-    return replace(read, tool_calls=calls, well_formed=problem is None, problem=problem)
-
-
-def _call_of(block: str) -> dict[str, Any] | str:
-    """The call in a block, or what is wrong with it."""
-    try:
-        value = json.loads(block)
-    except (ValueError, RecursionError) as error:
-        return f"a tool call is not JSON: {error}"
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
-        return "a tool call has no proper name"
-    if not isinstance(value.get("arguments", {}), dict):
-        return "the arguments of a tool call are no object"
-    return {"name": value["name"], "arguments": value.get("arguments", {})}
 
 
 def _exchanged(source: str, old: str, new: str) -> str:

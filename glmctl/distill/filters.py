@@ -16,7 +16,6 @@ import torch
 
 from glmctl.data.chat import ChatTemplate
 from glmctl.data.conversations import Conversation
-from glmctl.data.parsing import parse
 from glmctl.recipe.schema import RewardFilter
 from glmctl.rl.environment import StopReason
 from glmctl.rl.episode import Trajectory
@@ -169,8 +168,15 @@ def _reasoned_well(sample: Trajectory, template: ChatTemplate) -> bool:
     """Whether the turn that the parser refused is in order up to a tool call, so that the fault is the call's."""
     last = made_turns(sample)[-1:]
     text = template.tokenizer.decode(last[0]) if last else ""
-    before, call, _ = text.partition("<tool_call>")
-    return bool(call) and parse(before, thinking=sample.enable_thinking).well_formed
+    parser = template.stream_parser(sample.tools, thinking=sample.enable_thinking)
+    before, *quoted = text.split("<tool_call>")
+    parser.feed(before)
+    for after in quoted:
+        parser.feed("<tool_call>")
+        if parser.called:
+            return parser.parsed.well_formed
+        parser.feed(after)
+    return False
 
 
 def _low_reward(samples: Sequence[Trajectory], judge: Judge) -> list[bool]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from glmctl.data.chat import ChatTemplate
-from glmctl.data.parsing import Parsed, parse
+from glmctl.data.parsing import Parsed
 from glmctl.errors import EnvironmentProblem
 from glmctl.evaluation.catalog import OWN_TASKS
 from glmctl.evaluation.documents import Row, as_dataset, means, shipped
@@ -60,7 +60,7 @@ def verified(name: str, asking: Asking) -> Row:
     reward = first_call_reward if kind == "tool_use" else single_turn_reward
 
     def judge(doc: Row, reply: str) -> dict[str, float]:
-        parsed = parse(reply, thinking=asking.enable_thinking, tools=tools)
+        parsed = asking.template.parse(reply, tools, thinking=asking.enable_thinking)
         problem = problem_of(doc)
         return {
             "accuracy": reward(problem, parsed) if parsed.well_formed else 0.0,
@@ -87,7 +87,7 @@ def think(asking: Asking) -> Row:
     """Obeyed: a closed think block with something in it comes first. Answered: something is said after it."""
 
     def judge(doc: Row, reply: str) -> dict[str, float]:
-        parsed = parse(reply, thinking=True)
+        parsed = asking.template.parse(reply)
         obeyed = parsed.well_formed and bool((parsed.reasoning or "").strip())
         return {"obeyed": float(obeyed), "answered": float(bool(parsed.content.strip()))}
 
@@ -99,7 +99,7 @@ def chat(asking: Asking) -> Row:
     """Open questions in English and Chinese: what a judge compares. Alone it says only whether there is an answer."""
 
     def judge(doc: Row, reply: str) -> dict[str, float]:
-        parsed = parse(reply, thinking=asking.enable_thinking)
+        parsed = asking.template.parse(reply, thinking=asking.enable_thinking)
         return {"answered": float(bool(parsed.content.strip())), "well_formed": float(parsed.well_formed)}
 
     problems = [Problem(f"chat/{n}", "question", row["prompt"], 0) for n, row in enumerate(shipped("chat.jsonl"))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from glmctl.data.parsing import Delta, StreamParser
+from glmctl.data.parsing import Delta
 from glmctl.engine.request import Event, Request
 from glmctl.serving.protocol import ChatRequest
 from glmctl.serving.service import Service, new_id
@@ -22,7 +22,7 @@ class Answer:
         self._logprobs = bool(body.logprobs)
         self._one_call = body.one_call
         self._text = TextStream(service.tokenizer, body.stop or (), min_tokens=body.min_tokens or 0)
-        self._parser = StreamParser(body.enable_thinking, body.template_tools())
+        self._parser = service.template.stream_parser(body.template_tools(), thinking=body.enable_thinking)
         self._end_of_thinking = service.tokenizer.id("</think>") if body.enable_thinking else None
         self.index = index
         self.request = request

@@ -1,6 +1,7 @@
 """The same model behind vLLM or SGLang: their command lines for what a serve recipe says.
 
-Both load our model folders as they are. Flags as of vLLM 0.11 and SGLang 0.5; GLM-4.5's parsers are `glm45` in both.
+Both load our model folders as they are. Flags as of vLLM 0.11 and SGLang 0.5; GLM-4.5's parsers are `glm45` in both,
+and calls written as JSON are what both know as `hermes`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import os
 import sys
 from pathlib import Path
 
+from glmctl.data.chat import ChatTemplate
+from glmctl.data.tool_styles import Calls
 from glmctl.errors import RecipeError, unknown
 from glmctl.recipe.schema import ServeRecipe
 from glmctl.run.directory import resolve_model
@@ -17,6 +20,7 @@ from glmctl.serving.keys import KEY_VARIABLE, read_key
 from glmctl.serving.server import check_exposure
 
 ENGINES = ("vllm", "sglang")
+_CALL_PARSERS: dict[Calls, str] = {"tags": "glm45", "json": "hermes"}
 
 
 def command(engine: str, recipe: ServeRecipe) -> list[str]:
@@ -37,7 +41,8 @@ def command(engine: str, recipe: ServeRecipe) -> list[str]:
     name = recipe.served_name or Path(recipe.model).resolve().name
     has_mtp = bool(json.loads((folder / "config.json").read_text()).get("num_nextn_predict_layers"))
     drafts = recipe.speculative if has_mtp else 0
-    return (_vllm if engine == "vllm" else _sglang)(recipe, str(folder), name, drafts)
+    words = (_vllm if engine == "vllm" else _sglang)(recipe, str(folder), name, drafts)
+    return [*words, "--tool-call-parser", _CALL_PARSERS[ChatTemplate.load(folder).calls], "--reasoning-parser", "glm45"]
 
 
 def environment(engine: str, recipe: ServeRecipe) -> dict[str, str]:
@@ -49,7 +54,7 @@ def environment(engine: str, recipe: ServeRecipe) -> dict[str, str]:
 def _vllm(recipe: ServeRecipe, folder: str, name: str, drafts: int) -> list[str]:
     words = ["vllm", "serve", folder, "--served-model-name", name]
     words += ["--host", recipe.host, "--port", str(recipe.port), "--max-num-seqs", str(recipe.max_slots)]
-    words += ["--enable-auto-tool-choice", "--tool-call-parser", "glm45", "--reasoning-parser", "glm45"]
+    words.append("--enable-auto-tool-choice")
     if recipe.max_length is not None:
         words += ["--max-model-len", str(recipe.max_length)]
     if drafts:
@@ -61,7 +66,6 @@ def _sglang(recipe: ServeRecipe, folder: str, name: str, drafts: int) -> list[st
     words = [sys.executable, "-m", "sglang.launch_server", "--model-path", folder, "--served-model-name", name]
     words += ["--host", recipe.host, "--port", str(recipe.port), "--max-running-requests", str(recipe.max_slots)]
     words += ["--max-queued-requests", str(recipe.max_queue)]
-    words += ["--tool-call-parser", "glm45", "--reasoning-parser", "glm45"]
     if recipe.max_length is not None:
         words += ["--context-length", str(recipe.max_length)]
     if drafts:

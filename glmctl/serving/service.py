@@ -43,7 +43,7 @@ class Service:
         ids = range(self.tokenizer.vocab_size)
         self._longest_token = max(len(self.tokenizer.decode_bytes([index])) for index in ids)
         self.metrics = Metrics(self.worker)
-        self.grammars = Grammars(self.tokenizer, self.worker.vocab_size)
+        self.grammars = Grammars(self.tokenizer, self.worker.vocab_size, self.template.calls)
 
     @property
     def fingerprint(self) -> str:

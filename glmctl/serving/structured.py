@@ -1,8 +1,9 @@
-"""The grammar of an answer: JSON schemas, regular expressions, and tool calls in GLM-4.5's form.
+"""The grammar of an answer: JSON schemas, regular expressions, and tool calls in the form that the template writes.
 
-A tool call is `<tool_call>name`, then for each argument `<arg_key>key</arg_key>` and `<arg_value>value</arg_value>` on
+GLM-4.5's is `<tool_call>name`, then for each argument `<arg_key>key</arg_key>` and `<arg_value>value</arg_value>` on
 lines of their own, then `</tool_call>`. String values are bare text, others JSON. Tags are single tokens, which Lark
-names by id; text may never spell one, as the parser reads text.
+names by id; text may never spell one, as the parser reads text. The other is one JSON object between the first and
+the last tag, in whose strings a tag is text.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from glmctl.data.tokenizer import Tokenizer
+from glmctl.data.tool_styles import Calls
 from glmctl.engine.grammar import GrammarCompiler, GrammarConstraint, GrammarError
 from glmctl.engine.request import Request
 from glmctl.serving.api_error import ApiError
@@ -33,7 +35,9 @@ _TAGS = ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>"
 class Grammars:
     """Compiles what a request asks of its answer, on a thread of its own and within a second."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, style: Calls) -> None:
+        """style: in which the served template writes tool calls."""
+        self._style = style
         self._tags = {tag: f"<[{tokenizer.id(tag)}]>" for tag in _TAGS}
         self._end_of_thinking = tokenizer.id("</think>")
         self._compiler = GrammarCompiler(
@@ -98,10 +102,20 @@ class Grammars:
         rules = ["calls: call" if one else "calls: call (WS call)*"]
         rules.append("call: " + " | ".join(f"call{index}" for index in range(len(functions))))
         for index, function in enumerate(functions):
-            rules += self._call(f"call{index}", function.name, function.parameters or {})
-        rules.append(f"pair: {self._pair('KEY', 'VALUE')}")
-        rules.append("KEY: /[^<>\\n]{1,64}/")
+            one_call = self._json_call if self._style == "json" else self._call
+            rules += one_call(f"call{index}", function.name, function.parameters or {})
+        if self._style == "tags":
+            rules += [f"pair: {self._pair('KEY', 'VALUE')}", "KEY: /[^<>\\n]{1,64}/"]
         return rules
+
+    def _json_call(self, rule: str, name: str, schema: Mapping[str, Any]) -> list[str]:
+        """One tool's call; as in the other style, arguments that are not declared only where none is."""
+        whole: dict[str, Any] = {"type": "object", **schema}
+        if schema.get("properties") and not {"$ref", "anyOf", "oneOf", "allOf"} & schema.keys():
+            whole.setdefault("additionalProperties", False)
+        opening = json.dumps(f'{{"name": {json.dumps(name)}, "arguments": ')
+        inside = f'{opening} {_json_rule(whole, "tools")} "}}"'
+        return [f"{rule}: {self._tags['<tool_call>']} WS {inside} WS {self._tags['</tool_call>']}"]
 
     def _call(self, rule: str, name: str, schema: Mapping[str, Any]) -> list[str]:
         """One tool's call: its declared arguments in order, the optional ones optional; any where none is declared."""

@@ -14,7 +14,7 @@ import random
 import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,10 @@ def snapshot(
 
 
 def write(folder: Path, taken: Snapshot, *, keep: int = 2, keep_every: int | None = None) -> Path:
-    """Publish `folder/step-<step>`; then remove all but the newest `keep` and those of every `keep_every`-th step.
+    """Publish `folder/step-<step>`; then remove those of later steps (left by a run that fell back to an earlier one),
+    and `prune`.
 
-    Checkpoints of later steps (left by a run that fell back to an earlier one) are removed. Raises EnvironmentProblem
-    when the disk does not take it; what was there before stays valid.
+    Raises EnvironmentProblem when the disk does not take it; what was there before stays valid.
     """
     target = folder / f"step-{taken.step:08d}"
     size = sum(tensor.nbytes for held in taken.files.values() for tensor in held.values())
@@ -85,13 +85,24 @@ def write(folder: Path, taken: Snapshot, *, keep: int = 2, keep_every: int | Non
         (temporary / "state.json").write_text(taken.body, encoding="utf-8")
     with atomic.machine_errors(folder):
         found = list_checkpoints(folder)
-    kept = set(sorted(n for n in found if n <= taken.step)[-keep:])
-    kept |= {n for n in found if keep_every is not None and n <= taken.step and n % keep_every == 0}
-    for number, path in found.items():
-        if number not in kept:
-            with atomic.machine_errors(path):
-                shutil.rmtree(path)
+    _remove(path for number, path in found.items() if number > taken.step)
+    prune(folder, taken.step, keep=keep, keep_every=keep_every)
     return target
+
+
+def prune(folder: Path, step: int, *, keep: int = 2, keep_every: int | None = None) -> None:
+    """Of the checkpoints up to `step`, remove all but the newest `keep` and those of every `keep_every`-th step."""
+    with atomic.machine_errors(folder):
+        found = {number: path for number, path in list_checkpoints(folder).items() if number <= step}
+    kept = set(sorted(found)[-keep:])
+    kept |= {number for number in found if keep_every is not None and number % keep_every == 0}
+    _remove(path for number, path in found.items() if number not in kept)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with atomic.machine_errors(path):
+            shutil.rmtree(path)
 
 
 def save(

@@ -99,6 +99,9 @@ class Session:
             self._compare_arithmetic(state["arithmetic"])
             self.stepper.guard.load_state(state["stepper"])
             self.driver = state.get("driver")
+            if self.run.writer:
+                # a kill while old ones were removed left some, and the last step may write no other
+                checkpoint.prune(self.run.checkpoints, done, keep=self.policy.keep, keep_every=self.policy.keep_every)
             console.note(f"resuming after step {done}")
         # -1: without a checkpoint even the samples from before the first step are written again
         after = done if found is not None else -1

@@ -62,13 +62,22 @@ def test_a_pretraining_stopped_by_signals_is_the_undisturbed_one_bit_for_bit(res
 
 
 @pytest.mark.parametrize("key", SAME)
-def test_an_sft_killed_and_stopped_is_the_undisturbed_one_bit_for_bit(results: dict[str, Any], key: str) -> None:
-    assert results["sft killed and stopped"]["codes"] == [143, -9, 0]
-    assert results["sft killed and stopped"][key] == results["straight sft"][key]
+def test_an_sft_killed_nine_times_is_the_undisturbed_one_bit_for_bit(results: dict[str, Any], key: str) -> None:
+    assert results["sft killed"]["codes"] == [-9] * 9 + [0]
+    assert results["sft killed"][key] == results["straight sft"][key]
 
 
-def test_sft_learns(results: dict[str, Any]) -> None:
-    summary = results["straight sft"]["summary"]
+@pytest.mark.parametrize("key", SAME)
+def test_an_sft_stopped_by_signals_is_the_undisturbed_one_bit_for_bit(results: dict[str, Any], key: str) -> None:
+    assert results["sft asked to stop"]["codes"] == [143, 130, 143, 0]
+    assert results["sft asked to stop"][key] == results["straight sft"][key]
+
+
+def test_an_undisturbed_sft_is_complete_and_learns(results: dict[str, Any]) -> None:
+    straight = results["straight sft"]
+    assert (straight["codes"], straight["state"], straight["left"]) == ([0], "finished", [])
+    assert [row["step"] for row in straight["rows"]] == list(range(1, 14))
+    summary = straight["summary"]
     assert summary["loss_last"] < summary["loss_first"]
     assert summary["conversations"] == 40
 

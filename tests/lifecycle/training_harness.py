@@ -27,7 +27,7 @@ from glmctl.errors import GlmctlError
 from glmctl.recipe.schema import PretrainRecipe, RecipeBase, SftRecipe
 from glmctl.run import atomic
 from glmctl.run.metrics import MetricsLog
-from glmctl.training import checkpoint, pretrain, session, sft  # noqa: F401 - drivers, imported before the forks
+from glmctl.training import checkpoint, pretrain, session, sft  # noqa: F401 - pretrain: imported before the forks
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "Compute 34+57. It is 91.", "The quick brown fox jumps."] * 4
 MODEL = {
@@ -94,13 +94,13 @@ def pretrain_recipe(root: Path, more: int = 0) -> PretrainRecipe:
 
 
 def sft_recipe(root: Path) -> SftRecipe:
-    """Seven steps on the pretrained model."""
+    """Thirteen steps on the pretrained model, in two micro-batches each, over several epochs of packed rows."""
     return SftRecipe.model_validate(
         {
             "name": "tiny-sft",
             "model": str(root / "straight"),
             "data": [str(root / "chats.jsonl")],
-            "steps": 7,
+            "steps": 13,
             "batch_tokens": 256,
             "micro_tokens": 128,
             "sequence_length": 64,
@@ -205,7 +205,25 @@ LIVES: dict[str, list[Callable[[], None]]] = {
 }
 """How each life of a pretraining run ends; after the last it is left in peace."""
 
-SFT_LIVES = {"sft killed and stopped": [at_row(2, ask(signal.SIGTERM)), at_row(5, die)]}
+SFT_LIVES: dict[str, list[Callable[[], None]]] = {
+    "sft killed": [
+        at_row(1, die),
+        torn_row(2),
+        on_call(checkpoint, "write_tensors", 2),
+        on_call(atomic, "_replace_folder", 1),
+        at_row(8, die),
+        at_row(13, die),  # at the last step
+        on_call(checkpoint.shutil, "rmtree", 1),
+        on_call(sft, "save_model", 1),
+        on_call(atomic, "_seal", 1),
+    ],
+    "sft asked to stop": [
+        at_row(2, ask(signal.SIGTERM)),
+        at_row(5, ask(signal.SIGINT)),
+        on_call(checkpoint, "write_tensors", 1, twice(signal.SIGTERM)),
+    ],
+}
+"""The same of SFT (row T6 of the reliability plan)."""
 
 
 def soon(rng: random.Random) -> Callable[[], None]:

@@ -16,6 +16,7 @@ from lm_eval.utils import make_table
 from glmctl.data.chat import ChatTemplate
 from glmctl.data.parsing import parse
 from glmctl.data.tokenizer import Tokenizer
+from glmctl.data.tool_styles import Calls, styled
 from glmctl.engine.engine import Engine
 from glmctl.engine.request import SamplingParams
 from glmctl.errors import EnvironmentProblem, GlmctlError, RecipeError
@@ -264,11 +265,13 @@ def test_every_own_task_runs_in_lm_eval(lm: GlmctlLM, template: ChatTemplate, pr
     assert words["bits_per_byte,none"] == pytest.approx(math.log2(words["byte_perplexity,none"]))
 
 
+@pytest.mark.parametrize("style", ["tags", "json"])
 def test_a_perfect_model_scores_one(
-    lm: GlmctlLM, template: ChatTemplate, problems: list[Problem], monkeypatch: pytest.MonkeyPatch
+    lm: GlmctlLM, tiny_tokenizer: Tokenizer, style: Calls, problems: list[Problem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Replies taken from the scripted demonstrations are all right, the same replies to other problems wrong."""
     shift = 0
+    template = ChatTemplate(tiny_tokenizer, styled(style))
 
     def answer(self: GlmctlLM, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         replies = []
@@ -285,6 +288,7 @@ def test_a_perfect_model_scores_one(
     monkeypatch.setattr(GlmctlLM, "generate_until", answer)
     inputs = TaskInputs(template, GREEDY, problems=problems)
     names = [name for name in OWN_GROUPS["glmctl_verified"] if name != "glmctl_code" or BOXED]
+    names = names if style == "tags" else ["glmctl_tool_use"]
     right = run_tasks(lm, names, inputs)["results"]
     assert [right[name]["accuracy,none"] for name in names] == [1.0] * len(names)
     shift = 1

@@ -7,14 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from glmctl.data.template_source import without_marks
+from glmctl.data.tokenizer import Tokenizer
+from glmctl.data.tool_styles import styled
 from glmctl.errors import RecipeError
 from glmctl.recipe.schema import ServeRecipe
 from glmctl.serving.external import command, environment
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServeRecipe:
+def recipe(tmp_path: Path, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> ServeRecipe:
     monkeypatch.delenv("GLMCTL_API_KEY", raising=False)
+    tiny_tokenizer.save(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"num_nextn_predict_layers": 1}))
     return ServeRecipe(name="serve", model=str(tmp_path), port=8001, max_slots=4, max_length=4096, speculative=2)
 
@@ -46,6 +50,15 @@ def test_sglang(recipe: ServeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_without_mtp_is_not_asked_to_draft(recipe: ServeRecipe) -> None:
     (Path(recipe.model) / "config.json").write_text("{}")
     assert "--speculative-config" not in command("vllm", recipe)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_calls_are_parsed_in_the_style_of_the_folder(engine: str, recipe: ServeRecipe) -> None:
+    assert after(command(engine, recipe), "--tool-call-parser") == "glm45"
+    (Path(recipe.model) / "chat_template.jinja").write_text(without_marks(styled("json")))
+    words = command(engine, recipe)
+    assert after(words, "--tool-call-parser") == "hermes"
+    assert after(words, "--reasoning-parser") == "glm45"
 
 
 def test_what_cannot_be_said_is_refused(recipe: ServeRecipe) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from glmctl.data.chat import ChatTemplate
 from glmctl.data.tokenizer import Tokenizer
+from glmctl.data.tool_styles import styled
 from glmctl.distill.filters import FILTERS, Judge, filter_samples, is_repetitive
 from glmctl.rl.environment import StopReason
 from glmctl.rl.episode import Trajectory
@@ -127,6 +128,16 @@ def test_what_breaks_the_tool_protocol(judge: Judge) -> None:
         sample(tools=TOOLS, stop_reason=StopReason.MALFORMED, reward=0.0),
     ):
         assert refused_by(bad, judge) == ["tool_protocol"]
+
+
+def test_a_call_that_the_reasoning_quotes_is_no_fault_of_the_reasoning(judge: Judge) -> None:
+    quoted = "\n<think>so I write <tool_call>f</tool_call> now</think>\n"
+    bad_call = wrote(judge, quoted + "<tool_call>f\n<arg_key>a</arg_key>\n</tool_call>", "<|observation|>", tools=TOOLS)
+    assert refused_by(bad_call, judge) == ["tool_protocol"]
+    assert refused_by(wrote(judge, quoted.removesuffix("</think>\n"), tools=TOOLS), judge) == ["malformed_reasoning"]
+    as_json = dataclasses.replace(judge, template=ChatTemplate(judge.template.tokenizer, styled("json")))
+    bad_json = wrote(judge, quoted + "<tool_call>{}</tool_call>", "<|observation|>", tools=TOOLS)
+    assert refused_by(bad_json, as_json) == ["tool_protocol"]
 
 
 def test_a_wrong_final_answer_after_good_tool_calls_misses_the_terminal_state(judge: Judge) -> None:

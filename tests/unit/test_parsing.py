@@ -196,6 +196,7 @@ def test_a_stream_passes_text_on_at_once_and_holds_back_what_may_be_a_tag() -> N
         ("plain", "plain"),
         ("NaN", "NaN"),
         ("1e999", "1e999"),
+        ('["\\ud800"]', '["\\ud800"]'),
         ("{broken", "{broken"),
         ("", ""),
         ("9" * 5000, "9" * 5000),
