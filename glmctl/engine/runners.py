@@ -43,6 +43,11 @@ def runner_named(name: RunnerName) -> MakeRunner:
     return partial(_native, name)
 
 
+def device_for(name: RunnerName = "auto") -> torch.device:
+    """Where a model should be for a runner of this name: a GPU where there is one, unless it computes on the CPU."""
+    return torch.device("cuda" if name in ("auto", "torch") and torch.cuda.is_available() else "cpu")
+
+
 def automatic(model: GlmMoe, cache: PagedCache) -> Runner:
     """See `runner_named`."""
     if model.device.type != "cpu" or model.dtype != torch.float32 or _foreign(model.config) or not _compiles():

@@ -10,7 +10,7 @@ from typing import Any
 from glmctl import console
 from glmctl.data.chat import ChatTemplate
 from glmctl.engine.engine import Engine
-from glmctl.engine.runners import runner_named
+from glmctl.engine.runners import device_for, runner_named
 from glmctl.errors import Interrupted, RecipeError
 from glmctl.model.folder import load_model
 from glmctl.recipe.schema import ServeRecipe
@@ -74,7 +74,7 @@ def load_service(recipe: ServeRecipe) -> Service:
     RecipeError or DataError naming the file when the folder is missing pieces or damaged.
     """
     folder = resolve_model(recipe.model)
-    model = load_model(folder)
+    model = load_model(folder, device=device_for(recipe.runner))
     template = ChatTemplate.load(folder)
     template.tokenizer.require_fits(model.config.vocab_size, str(folder))
     speculative = recipe.speculative if model.mtp is not None else 0

@@ -12,6 +12,7 @@ import torch
 from glmctl.data.chat import ChatTemplate
 from glmctl.distill.endpoint import RETRIES, TIMEOUT_SECONDS, incoming, outgoing
 from glmctl.engine.request import Request, SamplingParams
+from glmctl.engine.runners import device_for
 from glmctl.errors import EnvironmentProblem
 from glmctl.model.folder import load_model
 from glmctl.recipe.agentic import EndpointActor, ModelActor
@@ -79,7 +80,7 @@ class ModelSpeaker:
 
     def __init__(self, spec: ModelActor) -> None:
         folder = resolve_model(spec.model)
-        model = load_model(folder, dtype=torch.float32)
+        model = load_model(folder, device=device_for(), dtype=torch.float32)
         self._engine = rollout_engine(model, MODEL_EPISODE_TOKENS)
         self._template = ChatTemplate.load(folder)
         self._spec = spec
