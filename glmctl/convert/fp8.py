@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from glmctl.convert.stored import BLOCK_BYTES, Stored, from_file
-from glmctl.model.fp8 import BLOCK, LARGEST, SCALE, SMALLEST_AMAX, Scaled, is_scale, scaled_weights
+from glmctl.model.fp8 import BLOCK, LARGEST, SCALE, Scaled, is_scale, scale_of, scaled_weights
 from glmctl.model.tensor_file import TensorFile
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -141,7 +141,7 @@ def _amax(rows: Tensor, layout: str) -> Tensor:
         n, width = rows.shape
         padded = torch.nn.functional.pad(rows, (0, -width % BLOCK, 0, -n % BLOCK))
         largest = padded.view(padded.shape[0] // BLOCK, BLOCK, -1, BLOCK).abs().amax(dim=(1, 3))
-    return largest.clamp_(min=SMALLEST_AMAX) / LARGEST
+    return scale_of(largest)
 
 
 def _spread(scales: Tensor, rows: Tensor, layout: str) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from glmctl.engine.native_weights import INT8_GROUP
-from glmctl.model.fp8 import BLOCK, LARGEST, SMALLEST_AMAX
+from glmctl.model.fp8 import BLOCK, LARGEST, scale_of
 from glmctl.model.network import GlmMoe
 from glmctl.recipe.use import RoundedFormat
 
@@ -57,14 +57,15 @@ def _int8(rows_RC: Tensor) -> Tensor:
     """Steps of a 127th of the largest of INT8_GROUP neighbours in a row."""
     rows, columns = rows_RC.shape
     groups_RGC = torch.nn.functional.pad(rows_RC, (0, -columns % INT8_GROUP)).view(rows, -1, INT8_GROUP)
-    step = groups_RGC.abs().amax(-1, keepdim=True) / 127
+    largest = groups_RGC.abs().amax(-1, keepdim=True)
+    step = largest / torch.full_like(largest, 127)  # a plain number would be its reciprocal on a GPU
     inverse = torch.where(step > 0, 1 / step, 0.0)
     rounded = (groups_RGC * inverse).round_().clamp_(-127, 127) * step
     return rounded.flatten(1)[:, :columns]
 
 
 def _fp8(weight: Tensor, largest: Tensor) -> Tensor:
-    scale = largest.clamp_min(SMALLEST_AMAX) / LARGEST
+    scale = scale_of(largest)
     return (weight / scale).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn).float() * scale
 
 

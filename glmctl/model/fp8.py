@@ -30,6 +30,14 @@ SCALE = {"fp8-channel": "_scale", "fp8-block": "_scale_inv"}
 _TYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
+def scale_of(largest: Tensor) -> Tensor:
+    """max(largest, 1e-12) / 448, of the largest absolute values of rows or blocks: the same bits on every device.
+
+    A GPU multiplies by the reciprocal where the divisor is a plain number, and is off by a bit.
+    """
+    return largest.clamp(min=SMALLEST_AMAX) / torch.full_like(largest, LARGEST)
+
+
 @dataclass(frozen=True)
 class Scaled:
     """Which scale an FP8 tensor has: one number for every `height` x `width` of its elements."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from glmctl.model.fp8 import BLOCK, LARGEST, SMALLEST_AMAX
+from glmctl.model.fp8 import BLOCK, LARGEST, scale_of
 from glmctl.model.network import GlmMoe
 
 _MATRICES = ("_proj.weight", "_proj_with_mqa.weight", ".wq.weight", "experts.down_proj")
@@ -44,6 +44,6 @@ def rounded(weight: Tensor) -> Tensor:
     *batch, rows, columns = weight.shape
     padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
     blocks = padded.view(*batch, padded.shape[-2] // BLOCK, BLOCK, padded.shape[-1] // BLOCK, BLOCK)
-    scale = blocks.abs().amax(dim=(-3, -1), keepdim=True).clamp(min=SMALLEST_AMAX) / LARGEST
+    scale = scale_of(blocks.abs().amax(dim=(-3, -1), keepdim=True))
     held = (blocks / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).float() * scale
     return held.view(padded.shape)[..., :rows, :columns].to(weight.dtype)
