@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from glmctl.engine.sequence import Sequence
 from glmctl.engine.speculative import MAX_DRAFTS, Computed, Drafter
 from glmctl.engine.step import Placed, choose, lay_out, score_prompt, top_of
 from glmctl.errors import DataError, GlmctlError
+from glmctl.kernels.all_finite import all_finite
 from glmctl.model.network import GlmMoe
 
 CACHE_BYTES = 4 << 30
@@ -240,7 +240,7 @@ class Engine:
         """The step's events, and when its tokens were known: what follows is the MTP layer's work."""
         batch, placed = lay_out(plan.works, self._scheduler.table_SM)
         out = self._runner.step(batch)
-        if not math.isfinite(out.logits_RV.sum()):
+        if not all_finite(out.logits_RV):
             raise DataError("the model's logits are not finite; its weights are damaged or training diverged")
         events: list[Event] = []
         picked = choose(placed, out.logits_RV, self._params)

@@ -55,11 +55,11 @@ class StepBatch:
         first_row_S = count_S.cumsum() - count_S
         position_N = np.arange(len(token)) + np.repeat(start_S - first_row_S, count_S)
         return cls(
-            token_N=torch.tensor(token, dtype=torch.int64),
+            token_N=torch.from_numpy(np.array(token, np.int64)),
             position_N=torch.from_numpy(position_N),
             sequence_N=torch.from_numpy(np.repeat(np.arange(len(count)), count_S)),
             block_table_SM=torch.from_numpy(table_SM),
-            logit_rows_R=torch.tensor(wanted, dtype=torch.int64),
+            logit_rows_R=torch.from_numpy(np.array(wanted, np.int64)),
             hidden_ND=hidden_ND,
         )
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import get_args
 
 import torch
 
-from glmctl import console
 from glmctl.engine.cache import PagedCache
 from glmctl.engine.native import NativeRunner
 from glmctl.engine.native_weights import WeightFormat
 from glmctl.engine.runner import Runner
 from glmctl.engine.torch_runner import TorchRunner
-from glmctl.errors import EnvironmentProblem, GlmctlError, unknown
-from glmctl.kernels.cpu.library import library
+from glmctl.errors import GlmctlError, unknown
+from glmctl.kernels.cpu.library import compiled
 from glmctl.model.config import ModelConfig
 from glmctl.model.network import GlmMoe
 from glmctl.recipe.use import RunnerName
@@ -50,7 +49,7 @@ def device_for(name: RunnerName = "auto") -> torch.device:
 
 def automatic(model: GlmMoe, cache: PagedCache) -> Runner:
     """See `runner_named`."""
-    if model.device.type != "cpu" or model.dtype != torch.float32 or _foreign(model.config) or not _compiles():
+    if model.device.type != "cpu" or model.dtype != torch.float32 or _foreign(model.config) or compiled() is None:
         return TorchRunner(model, cache)
     return NativeRunner(model, cache)
 
@@ -74,15 +73,3 @@ def _foreign(config: ModelConfig) -> str | None:
     if config.rope_scaling is not None:
         return "RoPE scaling"
     return "dense layers at the end" if config.last_k_dense_replace else None
-
-
-@lru_cache(maxsize=1)
-def _compiles() -> bool:
-    """Whether the native step is there; says once what is used otherwise."""
-    try:
-        library()
-    except EnvironmentProblem as problem:
-        hint = f" ({problem.hint})" if problem.hint else ""
-        console.warn(f"{problem}{hint}; generating with torch, several times slower than native code")
-        return False
-    return True

@@ -23,6 +23,7 @@ class Sequence:
         "constraint",
         "drafting",
         "drafts",
+        "edited",
         "finished",
         "limit",
         "logprobs",
@@ -52,6 +53,8 @@ class Sequence:
         """most tokens, the prompt's included"""
         self.stop_ids: frozenset[int] = frozenset() if params.ignore_eos else frozenset(params.stop_token_ids)
         self.constraint = request.constraint.fresh() if request.constraint is not None else None
+        self.edited = self.constraint is not None or params.edits
+        """whether anything changes its logits before a token is chosen"""
         self.finished: FinishReason | None = None
         self.matched: str | int | None = None
         self._tail = b""

@@ -59,12 +59,13 @@ def choose(placed: Seq[Placed], logits_RV: Tensor, params: Rows) -> Picked | Non
         work, sequence = each.work, each.work.sequence
         if not work.newest:
             continue
-        if sequence.constraint is not None or sequence.request.params.edits:
+        if sequence.edited:
             edits += _edits(work, len(rows))
-        for depth in range(1 + len(work.drafts)):
-            slots.append(sequence.slot)
-            drawn.append(sequence.generated + depth)
-            rows.append(each.choices + depth)
+        count = 1 + len(work.drafts)
+        generated = sequence.generated
+        slots += [sequence.slot] * count
+        drawn += range(generated, generated + count)
+        rows += range(each.choices, each.choices + count)
     if not rows:
         return None
     chosen = params.select(np.array(slots))

@@ -79,7 +79,9 @@ def test_the_registry_prefers_the_last_suiting_variant_and_can_be_forced() -> No
     assert registry.op("rms_norm", "cpu", torch.float32) is registry.variants("rms_norm")["function"]
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "rope", "swiglu", "attention", "experts", "linear_cross_entropy"])
+@pytest.mark.parametrize(
+    "name", ["rms_norm", "rope", "swiglu", "attention", "experts", "linear_cross_entropy", "draw", "all_finite"]
+)
 def test_every_operation_has_a_reference_first(name: str) -> None:
     found = list(registry.variants(name))
     assert found[0] == "reference"

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from glmctl.engine import runners
 from glmctl.engine.cache import PagedCache
 from glmctl.engine.native import NativeRunner
 from glmctl.engine.native_weights import INT8_GROUP, WeightFormat
@@ -412,7 +411,7 @@ def test_without_a_compiler_auto_says_so_once_and_takes_torch(
 ) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    for cached in (native_library.library, runners._compiles):
+    for cached in (native_library.library, native_library.compiled):
         cached.cache_clear()
     model = GlmMoe(tiny_config)
     cache = PagedCache(tiny_config, 2, layers=tiny_config.num_hidden_layers)
@@ -422,7 +421,7 @@ def test_without_a_compiler_auto_says_so_once_and_takes_torch(
         with pytest.raises(EnvironmentProblem, match="no C"):
             runner_named("native")(model, cache)
     finally:
-        for cached in (native_library.library, runners._compiles):
+        for cached in (native_library.library, native_library.compiled):
             cached.cache_clear()
     said = capsys.readouterr().err
     assert said.count("generating with torch") == 1

@@ -8,6 +8,7 @@ import shutil
 from functools import lru_cache
 from pathlib import Path
 
+from glmctl import console
 from glmctl.errors import EnvironmentProblem
 from glmctl.kernels.native_build import NativeLibrary, base_flags
 
@@ -21,6 +22,8 @@ _SIGNATURES = {
     "glm_destroy": ([_P], None),
     "glm_set": ([_P, _I, _I, _P, _P, _I, _I, _I], None),
     "glm_step": ([_P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _P, _P, _I, _P, _P, _P, _P], _I),
+    "glm_draw": ([_L, _L, _P, _L, _P, _P, _P, _P, _P, _P, _P, _I], None),
+    "glm_all_finite": ([_P, _L], _I),
     "glm_pack": ([_P, _I, _L, _I, _I, _P, _P, _I], None),
     "glm_pack_fp8": ([_P, _I, _L, _I, _L, _L, _L, _P, _P, _P, _I], None),
 }
@@ -34,6 +37,17 @@ def library() -> ctypes.CDLL:
         function = getattr(opened, name)
         function.argtypes, function.restype = arguments, result
     return opened
+
+
+@lru_cache(maxsize=1)
+def compiled() -> ctypes.CDLL | None:
+    """The library, or None, said once, where it cannot be had: the caller then computes with torch."""
+    try:
+        return library()
+    except EnvironmentProblem as problem:
+        hint = f" ({problem.hint})" if problem.hint else ""
+        console.warn(f"{problem}{hint}; generating with torch, several times slower than native code")
+        return None
 
 
 def find_compiler() -> str:

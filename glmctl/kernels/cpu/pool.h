@@ -3,6 +3,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <functional>
@@ -136,5 +137,25 @@ class Pool {
   const std::function<void(int)>* task_ = nullptr;
   std::vector<std::thread> workers_;  // last: they use everything above
 };
+
+// The calling thread's own pool, for every model that it steps and for what it does between the steps: two pools would
+// wait, and that is spin, side by side. any: of as many threads as it has, where there is one already.
+static inline Pool& pool_of_thread(int threads, bool any = false) {
+  struct Own {
+    Pool* pool = nullptr;
+    ~Own() {
+      if (pool && pool->usable()) delete pool;
+    }
+  };
+  thread_local Own own;
+  // after a fork its threads stayed in the parent process
+  if (own.pool && !own.pool->usable()) own.pool = nullptr;
+  if (own.pool && !any && own.pool->threads() != std::max(threads, 1)) {
+    delete own.pool;
+    own.pool = nullptr;
+  }
+  if (!own.pool) own.pool = new Pool(threads);
+  return *own.pool;
+}
 
 }  // namespace glm

@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "attention.h"
+#include "draw.h"
 #include "model.h"
 #include "pack.h"
 #include "router.h"
@@ -34,6 +35,8 @@ constexpr int ITEM_ROWS = 2 * PANEL, WIDE_ITEM_ROWS = 4 * PANEL;
 
 constexpr int FEW_ROWS = 4;  // for which one thread prepares a phase alone
 
+constexpr long DRAWN_ALONE = 1 << 17;  // logits that one thread draws from in less time than it takes to wake another
+
 class Model {
  public:
   Model(const Config& config, int threads) : c(config), threads_(threads), layers_(config.layers + config.mtp) {}
@@ -48,10 +51,7 @@ class Model {
   int64_t vocab() const { return c.vocab; }
 
   void step(const Batch& batch) {
-    if (!pool_ || !pool_->usable()) {
-      if (pool_) pool_.release();  // its threads stayed in the parent process
-      pool_.reset(new Pool(threads_));
-    }
+    pool_ = &pool_of_thread(threads_);
     b = batch;
     const long N = b.rows;
     runs_ = runs_of(c, b);
@@ -333,7 +333,7 @@ class Model {
   const int threads_;
   std::vector<Layer> layers_;
   std::array<Matrix, WHOLE_SLOTS> whole_;
-  std::unique_ptr<Pool> pool_;
+  Pool* pool_ = nullptr;  // of the thread that steps
 
   Batch b{};
   std::vector<Run> runs_;
@@ -395,6 +395,27 @@ int glm_step(glm::Model* model, int rows, const int64_t* token, const int64_t* p
   if (rows) model->step(batch);
   return 0;
 }
+
+// logits [rows, vocab], rows `stride` floats apart; the parameters of a row as in glmctl/kernels/draw.py. logprobs may be
+// null. threads: of the pool, where the calling thread has none yet.
+void glm_draw(long rows, long vocab, const float* logits, long stride, const float* temperature, const int64_t* top_k,
+              const float* top_p, const float* min_p, const double* uniform, int64_t* tokens, float* logprobs,
+              int threads) {
+  auto row = [=](int n) {
+    glm::Drawn drawn = glm::draw(
+        {logits + n * stride, vocab, temperature[n], top_k[n], top_p[n], min_p[n], uniform[n]}, logprobs != nullptr);
+    tokens[n] = drawn.token;
+    if (logprobs) logprobs[n] = drawn.logprob;
+  };
+  if (rows * vocab <= glm::DRAWN_ALONE) {
+    for (long n = 0; n < rows; n++) row(static_cast<int>(n));
+    return;
+  }
+  glm::Pool& pool = glm::pool_of_thread(threads, true);
+  pool.run([&](int t) { pool.phase(t, [&] { return rows; }, row); });
+}
+
+int glm_all_finite(const float* x, long count) { return glm::all_finite(x, count); }
 
 // fp32 or bf16 weights [rows, cols] into bf16 or int8, by row
 void glm_pack(const void* source, int source_format, long rows, int cols, int format, void* data, float* scale,

@@ -22,6 +22,7 @@ typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef int8_t vb __attribute__((vector_size(W)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef double vd __attribute__((vector_size(W * 4)));  // half as many lanes
 
 template <class V, class P>
 static inline V load_as(const P* p) {
@@ -57,6 +58,19 @@ static inline vf widen_int8(const int8_t* p) {
   return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 #else
   return __builtin_convertvector(__builtin_convertvector(load_as<vb>(p), vi), vf);
+#endif
+}
+
+// The lanes of v in float64, lower half and upper half onto theirs.
+static inline void add_wide(vf v, vd& low, vd& high) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
+  low += (vd)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v));
+  high += (vd)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1));
+#elif defined(__AVX__)
+  low += (vd)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v));
+  high += (vd)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1));
+#else
+  for (int i = 0; i < W / 2; i++) low[i] += v[i], high[i] += v[i + W / 2];
 #endif
 }
 
