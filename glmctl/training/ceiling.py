@@ -9,8 +9,9 @@ import torch
 from glmctl.model.config import ModelConfig
 from glmctl.model.cost import forward_flops
 
-SIDE = 1024
-"""of the measured product: large enough to reach the machine's best rate, small enough to take a few milliseconds"""
+SIDE = {"cpu": 1024, "cuda": 8192}
+"""Of the measured product: large enough to reach the device's best rate (a GPU starts a product of 1024 slower than it
+computes it), small enough to take a few milliseconds."""
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int, *, mtp: bool) -> float:
@@ -29,7 +30,9 @@ def flops_per_token(config: ModelConfig, sequence_length: int, *, mtp: bool) -> 
 
 def matmul_ceiling(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, repeats: int = 5) -> float:
     """FLOP/s of the fastest of `repeats` square products on `device`, in torch's present number of threads."""
-    a = torch.ones(SIDE, SIDE, device=device, dtype=dtype)
+    side = SIDE.get(torch.device(device).type, SIDE["cpu"])
+    # not of ones, which a GPU multiplies at a higher clock than numbers of a model
+    a = torch.rand(side, side, device=device, dtype=dtype, generator=torch.Generator(device).manual_seed(0))
     out = torch.empty_like(a)
     best = float("inf")
     for _ in range(repeats + 1):
@@ -38,4 +41,4 @@ def matmul_ceiling(device: torch.device | str = "cpu", dtype: torch.dtype = torc
         if out.device.type == "cuda":
             torch.cuda.synchronize(out.device)
         best = min(best, time.perf_counter() - began)
-    return 2.0 * SIDE**3 / best
+    return 2.0 * side**3 / best

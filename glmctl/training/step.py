@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
 from glmctl.data.batches import Batch
@@ -113,7 +113,9 @@ class Stepper:
                 loss = main + mtp_weight * mtp + sequence_loss_weight * balance
                 # DDP averages over the ranks; the sum is wanted
                 self.accelerator.backward(loss * (self._world * mine))
-            sums += torch.stack([part.detach().double().cpu() * mine for part in (main, mtp, balance)])
+            # a pass that only DDP wanted counts for nothing
+            seen = (main, mtp * (mtp_weight > 0), balance)
+            sums += torch.stack([part.detach().double().cpu() * mine for part in seen])
             counts_LE = found.counts_LE * mine if counts_LE is None else counts_LE + found.counts_LE * mine
         assert counts_LE is not None
         if mtp_weight == 0 and self.model.mtp is not None:
@@ -161,7 +163,9 @@ class Stepper:
         Not before: DDP's hooks would also fire in the backward of losses that did not pass through it.
         """
         if self._losses is None:
-            self._losses = LossModule(self.model, always_mtp=self._world > 1)
+            # Accelerate wraps in DDP whatever torchrun has started, be it one process
+            wrapped = self.accelerator.distributed_type != DistributedType.NO
+            self._losses = LossModule(self.model, always_mtp=wrapped)
             # else there is nothing to wrap, and asking costs the import of torch.distributed.tensor
             if self._world > 1 or self.accelerator.mixed_precision != "no":
                 self._losses = self.accelerator.prepare(self._losses)
