@@ -19,6 +19,12 @@ from glmctl.model.config import ModelConfig
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """What is pinned to a CPU's bits, and asks for no device, gets none."""
+    if config.option.markexpr != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(autouse=True)
 def _speaks_as_by_default() -> Iterator[None]:
     """How the console speaks is the process's: what one test asks of it must not reach the next."""

@@ -37,6 +37,7 @@ def doctor() -> None:
         "machine": {"system": platform.platform(), "processors": os.cpu_count(), "python": platform.python_version()},
         "sandbox": sandbox,
         "control_groups": groups,
+        "devices": _devices(),
         "compiler": shutil.which("g++") or shutil.which("clang++"),
         "packages": packages,
     }
@@ -46,11 +47,19 @@ def doctor() -> None:
         rows.append([f"sandbox {level}", answer, one["what"]])
     bounded = "yes" if groups else "no: run as root, or with a delegated cgroup"
     rows.append(["control groups", bounded, "bound the memory of all processes of a box together"])
+    rows.append(["GPUs", ", ".join(body["devices"]) or "no: torch sees none", "everything but the sandbox"])
     rows.append(["C++ compiler", body["compiler"] or "no: apt install g++", "the native kernels"])
     for name, version in packages.items():
         rows.append([name, version or f"no: pip install {name}", ""])
     console.table("", ["what", "here", "for"], rows)
     console.result(body, text="")
+
+
+def _devices() -> list[str]:
+    """Names of the CUDA devices that torch can use."""
+    import torch
+
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
 def _version(name: str) -> str | None:
