@@ -117,16 +117,21 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """`{file: {"size": bytes, "sha256": hex}}`; DataError when there is none or it is not one of ours."""
     path = folder / MANIFEST
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
+        document = json.loads(raw.decode("utf-8"))
         files: dict[str, dict[str, Any]] = document["files"]
         body = {name: {"size": int(e["size"]), "sha256": str(e["sha256"])} for name, e in files.items()}
         intact = document["sha256"] == _digest(body)
+        as_written = raw == _manifest(body)
     except FileNotFoundError:
         raise DataError(f"{path}: missing, the folder is not complete") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a manifest ({error})") from error
     if not intact:
         raise DataError(f"{path}: damaged (its entries do not match its own SHA-256)")
+    if not as_written:
+        # a byte that JSON does not mind is still one that nobody wrote
+        raise DataError(f"{path}: damaged (not the bytes that were written)")
     for name in body:
         if name.startswith("/") or "\0" in name or ".." in Path(name).parts:
             raise DataError(f"{path}: lists a file outside the folder: {name!r}")
@@ -205,6 +210,12 @@ def _sibling(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{kind}-{secrets.token_hex(6)}")
 
 
+def _manifest(entries: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """The file's bytes."""
+    document = {"version": 1, "files": entries, "sha256": _digest(entries)}
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+
+
 def _seal(folder: Path, known: Mapping[str, str]) -> None:
     """Flush every file to the disk and write the manifest, itself flushed last."""
     entries: dict[str, dict[str, Any]] = {}
@@ -217,9 +228,8 @@ def _seal(folder: Path, known: Mapping[str, str]) -> None:
         name = path.relative_to(folder).as_posix()
         entries[name] = {"size": path.stat().st_size, "sha256": known.get(name) or sha256_file(path)}
     entries.pop(MANIFEST, None)
-    document = {"version": 1, "files": entries, "sha256": _digest(entries)}
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    manifest.write_bytes(_manifest(entries))
     _fsync_file(manifest)
     for inner in sorted(folders, reverse=True):
         _fsync_folder(inner)
@@ -236,7 +246,7 @@ def _replace_folder(temporary: Path, folder: Path) -> None:
         shutil.rmtree(aside)
 
 
-def _digest(entries: dict[str, dict[str, Any]]) -> str:
+def _digest(entries: Mapping[str, Mapping[str, Any]]) -> str:
     text = json.dumps(entries, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 

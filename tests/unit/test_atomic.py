@@ -90,9 +90,17 @@ def test_verify_names_what_is_damaged(tmp_path: Path, damage: str) -> None:
 def test_a_manifest_cannot_point_outside_its_folder(tmp_path: Path, name: str) -> None:
     folder = published(tmp_path)
     entries = {name: {"size": 1, "sha256": "0" * 64}}
-    document = {"version": 1, "files": entries, "sha256": atomic._digest(entries)}
-    (folder / "manifest.json").write_text(json.dumps(document))
+    (folder / "manifest.json").write_bytes(atomic._manifest(entries))
     with pytest.raises(DataError, match="outside the folder"):
+        atomic.verify(folder)
+
+
+@pytest.mark.parametrize(("old", "new"), [(b"}\n", b"}\n "), (b"  ", b"\t "), (b"\n", b"\r\n"), (b": 1,", b": 0,")])
+def test_a_byte_that_json_does_not_mind_is_damage_too(tmp_path: Path, old: bytes, new: bytes) -> None:
+    folder = published(tmp_path)
+    file = folder / "manifest.json"
+    file.write_bytes(file.read_bytes().replace(old, new, 1))
+    with pytest.raises(DataError, match="damaged"):
         atomic.verify(folder)
 
 
