@@ -37,7 +37,10 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`."""
-        return self._map(lambda x: x.to(device, non_blocking=True))
+        moved = self._map(lambda x: x.to(device, non_blocking=True))
+        # known here; asked there, a GPU would first have to end what it does
+        vars(moved)["single_document"] = self.single_document
+        return moved
 
     def rows(self, start: int, stop: int) -> Batch:
         """Rows `start` ... `stop` as a smaller batch (views)."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from glmctl.engine.cache import PagedCache
 from glmctl.engine.runner import StepBatch, StepOutput
-from glmctl.kernels.attention import cached_attention, causal_attention
+from glmctl.kernels.attention import additive_mask, cached_attention, causal_attention
 from glmctl.model.network import GlmMoe
 
 I64 = npt.NDArray[np.int64]
@@ -136,6 +136,7 @@ class PagedSight:
         place_NK = (block_N[:, None] * heads + np.arange(heads)) * size + (position % size)[:, None]
         self.place_P = torch.from_numpy(place_NK.reshape(-1)).to(device)
         self.groups = list(_groups(position, sequence, table_SM, cache, first_place))
+        self._masks: dict[int, Tensor] = {}
 
     def attend(
         self, layer: int, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, stored_BT1k: Tensor | None = None
@@ -166,10 +167,21 @@ class PagedSight:
             k_STKd, v_STKd = (x[0, group.rows].reshape(S, T, *x.shape[2:]) for x in (k_BTKd, v_BTKd))
             return causal_attention(q_STHd, k_STKd, v_STKd)
         k_SKJd = self._gather(0, keys, group.head_block_SKM)[:, :, group.seen].to(q_STHd.dtype)
+        mask_STJ = self._mask(group, q_STHd)
         if values.shape[-1] == 0:
-            return cached_attention(q_STHd, k_SKJd, k_SKJd[..., : v_BTKd.shape[-1]], group.visible_STJ)
+            return cached_attention(q_STHd, k_SKJd, k_SKJd[..., : v_BTKd.shape[-1]], mask_STJ)
         v_SKJd = self._gather(1, values, group.head_block_SKM)[:, :, group.seen].to(q_STHd.dtype)
-        return cached_attention(q_STHd, k_SKJd, v_SKJd, group.visible_STJ)
+        return cached_attention(q_STHd, k_SKJd, v_SKJd, mask_STJ)
+
+    def _mask(self, group: _Group, like: Tensor) -> Tensor | None:
+        """`group.visible_STJ`; on a GPU as what is added to the scores, which torch would make of it in every layer."""
+        visible_STJ = group.visible_STJ
+        if visible_STJ is None or like.device.type == "cpu":
+            return visible_STJ
+        mask_STJ = self._masks.get(id(group))
+        if mask_STJ is None or mask_STJ.dtype != like.dtype:
+            mask_STJ = self._masks[id(group)] = additive_mask(visible_STJ, like.dtype)
+        return mask_STJ
 
     def _gather(self, which: int, stored: Tensor, head_block_SKM: Tensor) -> Tensor:
         """[S, K, J, d]: the blocks of each sequence one behind the other."""

@@ -180,12 +180,20 @@ class _Ungroup(torch.autograd.Function):
         return grad_NW.index_select(0, source_P).mul_(real[:-1, None]), None, None
 
 
+def additive_mask(visible_BTJ: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a place is visible and -inf elsewhere, with rows whose addresses suit torch's attention kernels."""
+    *rows, places = visible_BTJ.shape
+    padded = -(-places // 16) * 16
+    mask = torch.full((*rows, padded), float("-inf"), dtype=dtype, device=visible_BTJ.device)
+    return mask[..., :places].masked_fill_(visible_BTJ, 0.0)
+
+
 def cached_attention(q_BTHd: Tensor, k_BKJd: Tensor, v_BKJd: Tensor, visible_BTJ: Tensor | None) -> Tensor:
     """Queries over cached keys. Returns [B, T, H, d].
 
-    k, v [B, K, J, d] are the first J places of the cache; visible_BTJ (bool) tells which of them a query sees, None =
-    all. The query heads of one key-value head become part of the query length, so keys and values are read once and
-    never repeated.
+    k, v [B, K, J, d] are the first J places of the cache; visible_BTJ (bool, or its `additive_mask`) tells which of
+    them a query sees, None = all. The query heads of one key-value head become part of the query length, so keys and
+    values are read once and never repeated.
     """
     B, T, H, d = q_BTHd.shape
     K = k_BKJd.shape[1]

@@ -163,6 +163,39 @@ class _Rope(torch.autograd.Function):
         return (grad * cos).add_((grad * sin) @ swap), None, None, None, None
 
 
+@variant("rope", "exchange", devices=("cuda",), dtypes=(torch.float32, torch.bfloat16, torch.float16))
+def by_exchange(x_BTHd: Tensor, turn: Rotation) -> Tensor:
+    """Three kernels, in the dtype of the tables; the backward is the rotation by the opposite angle."""
+    if turn.cos_BT1d.dtype != torch.float32:
+        return reference(x_BTHd, turn)
+    tables = (turn.cos_BT1d, turn.sin_BT1d, turn.rotary_dim)
+    wide = x_BTHd.float()
+    if torch.is_grad_enabled() and x_BTHd.requires_grad:
+        turned: Tensor = _Exchange.apply(wide, *tables)  # type: ignore[no-untyped-call]
+        return turned.to(x_BTHd.dtype)
+    return _turn(wide, *tables, 1).to(x_BTHd.dtype)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, sign: int) -> Tensor:
+    first, second, rest = torch.split(x, [rotary_dim // 2, rotary_dim // 2, x.shape[-1] - rotary_dim], dim=-1)
+    # the sine is 0 at the dimensions that are not rotated
+    return (x * cos).addcmul_(torch.cat([second, first, rest], dim=-1), sin, value=sign)
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.rotary_dim = rotary_dim
+        return _turn(x, cos, sin, rotary_dim, 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, sin, ctx.rotary_dim, -1), None, None, None
+
+
 class _NormRope(torch.autograd.Function):
     """Norm of each head, then its rotation; the backward is the rotation's transpose, then the norm's."""
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from glmctl.kernels.experts import experts
 from glmctl.kernels.swiglu import swiglu
 from glmctl.model.config import ModelConfig
-from glmctl.model.projections import ATTENTIONS, Pass, RmsNorm
+from glmctl.model.projections import ATTENTIONS, Pass, RmsNorm, narrowed
 from glmctl.model.router import Router, RouterStats
 
 
@@ -57,7 +57,9 @@ class MoE(nn.Module):
         """x [B, T, D], normed -> [B, T, D]."""
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         index_NK, weight_NK = self.gate(x_ND, rows=x_BTD.shape[0], stats=stats)
-        out_BTD: Tensor = self.experts(x_ND, index_NK, weight_NK).view(x_BTD.shape)
+        # only the router reads all digits
+        x_BTD = narrowed(x_BTD)
+        out_BTD: Tensor = self.experts(x_BTD.reshape(x_ND.shape), index_NK, weight_NK).view(x_BTD.shape)
         if self.shared_experts is not None:
             out_BTD = out_BTD + self.shared_experts(x_BTD)
         return out_BTD
@@ -80,7 +82,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_BTD: Tensor, shared: Pass) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), shared)
+        x_BTD = x_BTD + self.self_attn(narrowed(self.input_layernorm(x_BTD)), shared)
         normed_BTD = self.post_attention_layernorm(x_BTD)
-        out_BTD: Tensor = self.mlp(normed_BTD, shared.stats) if isinstance(self.mlp, MoE) else self.mlp(normed_BTD)
+        moe = isinstance(self.mlp, MoE)
+        out_BTD: Tensor = self.mlp(normed_BTD, shared.stats) if moe else self.mlp(narrowed(normed_BTD))
         return x_BTD + out_BTD

@@ -39,6 +39,14 @@ class RmsNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+def narrowed(x: Tensor) -> Tensor:
+    """x as autocast wants it for products, cast once for all that read it; on a CPU each product casts for itself."""
+    device = x.device.type
+    if device == "cpu" or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
 def _turned(x_BTHd: Tensor, norm: RmsNorm | None, turn: Rotation) -> Tensor:
     return norm_rope(x_BTHd, None, 0.0, turn) if norm is None else norm_rope(x_BTHd, norm.weight, norm.eps, turn)
 

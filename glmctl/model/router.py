@@ -51,8 +51,7 @@ class RouterStats:
         """Record one layer: scores [N, E], chosen experts [N, k] of `rows` sequences (N = rows * T)."""
         n_experts, top_k = scores_NE.shape[1], index_NK.shape[1]
         valid_N = None if self.valid_BT is None else self.valid_BT.reshape(-1)
-        chosen = index_NK if valid_N is None else index_NK[valid_N]
-        self._counts.append(torch.bincount(chosen.reshape(-1), minlength=n_experts))
+        self._counts.append(_loads(index_NK, valid_N, n_experts))
         if not self.sequence_balance:
             return
         scores_BTE = scores_NE.view(rows, -1, n_experts)
@@ -72,6 +71,22 @@ class RouterStats:
             share_BTE = share_BTE * self.valid_BT[..., None]
         mean_share_BE = share_BTE.sum(1) / length_B1
         self._losses.append((load_BE * mean_share_BE).sum() / sequences)
+
+
+def _loads(index_NK: Tensor, valid_N: Tensor | None, n_experts: int) -> Tensor:
+    """How many of the valid tokens chose each expert: [E], int64."""
+    if index_NK.device.type != "cpu":
+        return _loads_unseen(index_NK, valid_N, n_experts)
+    chosen = index_NK if valid_N is None else index_NK[valid_N]
+    return torch.bincount(chosen.reshape(-1), minlength=n_experts)
+
+
+def _loads_unseen(index_NK: Tensor, valid_N: Tensor | None, n_experts: int) -> Tensor:
+    """The same without bincount or a choice of rows, for whose sizes the host would wait."""
+    # a token's experts are distinct
+    hit_NE = torch.zeros(len(index_NK), n_experts, dtype=torch.bool, device=index_NK.device)
+    hit_NE.scatter_(1, index_NK, True)
+    return (hit_NE if valid_N is None else hit_NE & valid_N[:, None]).sum(0)
 
 
 class Router(nn.Module):

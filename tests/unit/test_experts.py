@@ -68,6 +68,48 @@ def test_backward_may_run_twice() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def choose(n: int, n_experts: int, k: int, used: int) -> Tensor:
+    g = torch.Generator().manual_seed(n)
+    return torch.stack([torch.randperm(used, generator=g)[:k] for _ in range(n)])
+
+
+@pytest.mark.skipif(module._grouped_product is None, reason="this torch has no grouped product")
+@pytest.mark.parametrize(("n", "n_experts", "k", "used"), [(60, 8, 3, 8), (60, 16, 4, 5), (1, 8, 2, 8), (9, 4, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_grouped_products_equal_the_definition(n: int, n_experts: int, k: int, used: int, dtype: torch.dtype) -> None:
+    """The way of a GPU, here by torch's grouped product for a CPU: values, gradients, experts without tokens."""
+    _, _, *floats = problem(n, n_experts, k, d=16, width=8)
+    index = choose(n, n_experts, k, used)
+    drawn = [torch.randn(n, 16, generator=torch.Generator().manual_seed(1)), *(t.detach() for t in floats)]
+    exact = [t.to(dtype).double().requires_grad_() for t in drawn]
+    mine = [t.detach().to(dtype).requires_grad_() for t in exact]
+    right, found = reference(exact[0], index, *exact[1:]), module.by_group(mine[0], index, *mine[1:])
+    assert type(found.grad_fn).__name__ == "_GroupedBackward"
+    share = 1e-5 if dtype == torch.float32 else 3e-2
+
+    def near(a: Tensor, b: Tensor) -> None:
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=share * float(b.detach().abs().max()))
+
+    near(found, right)
+    projection = torch.randn(n, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    got = torch.autograd.grad((found * projection.to(dtype)).sum(), mine)
+    expected = torch.autograd.grad((right * projection).sum(), exact)
+    for a, b in zip(got, expected, strict=True):
+        near(a, b)
+    assert not got[2][used:].any()
+    assert not got[3][used:].any()
+    with torch.no_grad():
+        assert torch.equal(module.by_group(mine[0], index, *mine[1:]), found)
+
+
+def test_widths_that_a_grouped_product_refuses_go_another_way() -> None:
+    x, index, *rest = problem(20, 8, 2)
+    inputs = [t.detach().float().requires_grad_() for t in (x, *rest)]
+    found = module.by_group(inputs[0], index, *inputs[1:])
+    assert type(found.grad_fn).__name__ == "_ExpertsBackward"
+
+
 def test_no_tokens_at_all() -> None:
     x, _, _, gate_up, down = problem(3, 4, 2)
     out = experts(x[:0], torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2), gate_up, down)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from glmctl.errors import EnvironmentProblem
-from glmctl.kernels import registry
+from glmctl.kernels import attention, registry
 from glmctl.kernels.rms_norm import rms_norm
 from glmctl.kernels.rope import rope, rotation
 from glmctl.kernels.swiglu import swiglu
@@ -68,6 +68,34 @@ def test_rope_function_equals_reference(rotary: int, width: int) -> None:
     turn = rotation(torch.arange(5).expand(2, 5), rotary, width, 1e4, torch.float64)
     found = registry.variants("rope")
     same_with_gradients(lambda x: found["function"](x, turn), lambda x: found["reference"](x, turn), [x])
+
+
+@pytest.mark.parametrize(("rotary", "width"), [(16, 16), (8, 16), (4, 24)])
+@pytest.mark.parametrize("scale", [1.0, 1.3])
+def test_rope_by_exchange_equals_reference(rotary: int, width: int, scale: float) -> None:
+    """A GPU's variant; in fp32, whose tables it takes. Scale: YaRN's."""
+    turn = rotation(torch.arange(5).expand(2, 5), rotary, width, 1e4, scale=scale)
+    found = registry.variants("rope")
+    mine = draw(2, 5, 3, width).detach().float().requires_grad_()
+    theirs = mine.detach().clone().requires_grad_()
+    a, b = found["exchange"](mine, turn), found["reference"](theirs, turn)
+    torch.testing.assert_close(a, b)
+    projection = draw(2, 5, 3, width, seed=9).detach().float()
+    (got,), (right,) = (torch.autograd.grad((y * projection).sum(), x) for y, x in ((a, mine), (b, theirs)))
+    torch.testing.assert_close(got, right)
+    half = mine.detach().bfloat16()
+    torch.testing.assert_close(found["exchange"](half, turn), found["reference"](half, turn))
+
+
+def test_a_mask_that_is_added_shows_what_a_boolean_one_shows() -> None:
+    q, k, v = draw(3, 2, 4, 8, grad=False), draw(3, 2, 21, 8, grad=False), draw(3, 2, 21, 8, seed=1, grad=False)
+    visible = torch.arange(21) < torch.tensor([[5, 6], [20, 21], [1, 2]])[..., None]
+    mask = attention.additive_mask(visible, q.dtype)
+    assert mask.stride(-2) % 16 == 0
+    right = attention.cached_attention(q, k, v, visible)
+    torch.testing.assert_close(attention.cached_attention(q, k, v, mask), right)
+    one = attention.additive_mask(visible[:, :1], q.dtype)
+    torch.testing.assert_close(attention.cached_attention(q[:, :1], k, v, one), right[:, :1])
 
 
 def test_the_registry_prefers_the_last_suiting_variant_and_can_be_forced() -> None:

@@ -11,7 +11,7 @@ from glmctl.kernels import registry
 from glmctl.kernels.router_topk import router_topk
 from glmctl.model.config import ModelConfig
 from glmctl.model.network import GlmMoe
-from glmctl.model.router import Router, RouterStats
+from glmctl.model.router import Router, RouterStats, _loads, _loads_unseen
 
 
 def scores(n: int, n_experts: int, seed: int = 0) -> torch.Tensor:
@@ -48,6 +48,15 @@ def test_choice_and_weights_follow_the_rules(
         )
         found = dict(zip(index[row].tolist(), weight[row].tolist(), strict=True))
         assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_loads_are_counted_alike_on_every_device(padded: bool) -> None:
+    index = torch.stack([torch.randperm(8, generator=torch.Generator().manual_seed(n))[:3] for n in range(40)])
+    valid = torch.arange(40) % 5 > 0 if padded else None
+    found, right = _loads_unseen(index, valid, 8), _loads(index, valid, 8)
+    assert found.dtype == right.dtype
+    assert torch.equal(found, right)
 
 
 def test_bias_changes_the_choice_but_never_the_weights() -> None:

@@ -134,6 +134,10 @@ def gather_sum(rows_SW: Tensor, place_NK: Tensor) -> Tensor:
         out = rows_SW.new_empty(place_NK.shape[0], rows_SW.shape[1])
         call("glm_gather_sum", *place_NK.shape, rows_SW.shape[1], rows_SW, place_NK.contiguous(), out)
         return out
+    if rows_SW.device.type != "cpu":
+        # two kernels instead of two for each choice; the sum's order is fixed there too
+        rows_NKW = rows_SW.index_select(0, place_NK.reshape(-1)).view(*place_NK.shape, -1)
+        return rows_NKW.squeeze(1) if place_NK.shape[1] == 1 else rows_NKW.sum(1, dtype=rows_SW.dtype)
     total = rows_SW.index_select(0, place_NK[:, 0])
     for k in range(1, place_NK.shape[1]):
         total += rows_SW.index_select(0, place_NK[:, k])
