@@ -4,8 +4,8 @@
     python benchmarks/long_context.py runs/laptop-long-context
 
 Each probe is prose of the full length with one fact ("Remember lemon tiger.") at one depth, then "To recall: Remember
-lemon"; it is found when the model goes on, greedily, with "tiger." The texts' seeds are not those of training, and there
-are 85 values to guess among.
+lemon"; it is found when the model goes on, greedily, with "tiger." The texts' seeds are not those of training.
+There are 73 values to guess among.
 Prints a table and, last, one JSON object.
 """
 
