@@ -27,8 +27,9 @@ import yaml
 
 from glmctl.recipe.load import load
 from glmctl.recipe.schema import PipelineRecipe
-from glmctl.run.charts import Series, line_chart, standalone
+from glmctl.run.charts import Series, line_chart
 from glmctl.run.metrics import MetricsLog
+from glmctl.run.picture import standalone
 
 KEPT = ("heldout_start", "heldout_end", "heldout_gain_points", "well_formed")
 

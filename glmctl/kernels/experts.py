@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -74,8 +73,6 @@ def _through_all(x_ND: Tensor, index_NK: Tensor, weight_NK: Tensor, gate_up_EGD:
 GROUPED_ALIGNMENT = 16
 """bytes that every row and every address of a grouped product must be a multiple of"""
 
-_grouped_product: Callable[..., Tensor] | None = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
-
 
 @variant("experts", "grouped", devices=("cuda",), dtypes=(torch.bfloat16,))
 def by_group(x_ND: Tensor, index_NK: Tensor, weight_NK: Tensor, gate_up_EGD: Tensor, down_EDI: Tensor) -> Tensor:
@@ -84,7 +81,7 @@ def by_group(x_ND: Tensor, index_NK: Tensor, weight_NK: Tensor, gate_up_EGD: Ten
     Not for fp32, which torch's grouped product takes apart into products of single experts. Widths that are no multiple
     of 8 go to `sorted`.
     """
-    if _grouped_product is None or index_NK.numel() == 0 or not (_aligned(gate_up_EGD) and _aligned(down_EDI)):
+    if index_NK.numel() == 0 or not (_aligned(gate_up_EGD) and _aligned(down_EDI)):
         return by_expert(x_ND, index_NK, weight_NK, gate_up_EGD, down_EDI)
     inputs = (x_ND, weight_NK, gate_up_EGD, down_EDI)
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
@@ -199,21 +196,16 @@ def _sort_on_device(index_NK: Tensor, n_experts: int) -> _DeviceOrder:
     return _DeviceOrder(token_S, slot_S, place.view(index_NK.shape), ends_E)
 
 
-def _grouped(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
-    assert _grouped_product is not None
-    return _grouped_product(a, b, offs=ends_E)
-
-
 def _forward_grouped(
     x_ND: Tensor, order: _DeviceOrder, weight_NK: Tensor, gate_up_EGD: Tensor, down_EDI: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `_forward` returns."""
     x_SD = x_ND.index_select(0, order.token_S)
-    gate_up_SG = _grouped(x_SD, gate_up_EGD.mT, order.ends_E)
+    gate_up_SG = F.grouped_mm(x_SD, gate_up_EGD.mT, offs=order.ends_E)
     weight_S = weight_NK.reshape(-1).index_select(0, order.slot_S)
     gate, up = gate_up_SG.chunk(2, dim=-1)
     hidden_SI = passes.swiglu(gate, up, weight_S)
-    out_SD = _grouped(hidden_SI, down_EDI.mT, order.ends_E)
+    out_SD = F.grouped_mm(hidden_SI, down_EDI.mT, offs=order.ends_E)
     return passes.gather_sum(out_SD, order.place_NK), x_SD, gate_up_SG, weight_S
 
 
@@ -234,13 +226,13 @@ class _Grouped(torch.autograd.Function):
         token_S, _, place_NK, ends_E = order
         gate, up = gate_up_SG.chunk(2, dim=-1)
         grad_SD = grad_ND.to(x_SD.dtype).index_select(0, token_S)
-        grad_hidden_SI = _grouped(grad_SD, down_EDI, ends_E)
+        grad_hidden_SI = F.grouped_mm(grad_SD, down_EDI, offs=ends_E)
         grad_gate_up_SG = torch.empty_like(gate_up_SG)
         grad_gate, grad_up = grad_gate_up_SG.chunk(2, dim=-1)
         extra = passes.swiglu_back(grad_hidden_SI, gate, up, grad_gate, grad_up, weight_S)
         assert extra is not None
         grad_weight_S, weighted_SI = extra
-        grad_x_SD = _grouped(grad_gate_up_SG, gate_up_EGD, ends_E)
+        grad_x_SD = F.grouped_mm(grad_gate_up_SG, gate_up_EGD, offs=ends_E)
         for_gate_up, for_down = ctx.needs_input_grad[3:]
         idle_E11 = torch.diff(ends_E, prepend=ends_E.new_zeros(1))[:, None, None] == 0
         grad_gate_up_EGD = _weight_gradient(grad_gate_up_SG, x_SD, ends_E, idle_E11) if for_gate_up else None
@@ -251,7 +243,7 @@ class _Grouped(torch.autograd.Function):
 
 def _weight_gradient(grad_SA: Tensor, input_SB: Tensor, ends_E: Tensor, idle_E11: Tensor) -> Tensor:
     """grad^T input of each expert's rows: [E, A, B]; zero for experts without any, which a product may leave unset."""
-    return _grouped(grad_SA.t(), input_SB, ends_E).masked_fill_(idle_E11, 0)
+    return F.grouped_mm(grad_SA.t(), input_SB, offs=ends_E).masked_fill_(idle_E11, 0)
 
 
 def _like_weights(weights: Tensor, order: _Order) -> Tensor:

@@ -7,11 +7,9 @@ Every function returns one `<svg>` element as text. Colours are CSS classes and 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib import resources
 from itertools import accumulate, pairwise
 
 from glmctl.console import duration
@@ -127,16 +125,6 @@ def smoothed(points: Sequence[Point], window: int) -> list[Point]:
 def finite(points: Sequence[Point]) -> list[Point]:
     """The points that can be drawn: finite, and not so large that a difference of two overflows."""
     return [(float(x), float(y)) for x, y in points if abs(x) < LARGEST and abs(y) < LARGEST]
-
-
-def standalone(picture: str) -> str:
-    """A file of its own: a picture of this module with the report page's style and ground inside."""
-    page = resources.files("glmctl.run").joinpath("report.html").read_text(encoding="utf-8")
-    style = re.search(r"<style>.*?</style>", page, re.DOTALL)
-    assert style is not None
-    head, body = picture.split(">", 1)
-    ground = "<style>svg { background: var(--card); padding: 10px; font-family: system-ui, sans-serif; }</style>"
-    return f'{head} xmlns="http://www.w3.org/2000/svg">{style[0]}{ground}{body}\n'
 
 
 def _svg(frame: Frame, title: str, body: list[str], kind: str, *, unit: str = "") -> str:

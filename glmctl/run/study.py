@@ -18,8 +18,8 @@ from glmctl import console
 from glmctl.errors import DataError, DivergedError
 from glmctl.recipe.schema import PipelineRecipe, PipelineStage, StudyRecipe
 from glmctl.run import atomic
-from glmctl.run.charts import standalone
 from glmctl.run.metrics import MetricsLog
+from glmctl.run.picture import standalone
 from glmctl.run.pipeline import PLACEHOLDER, Execute, Load, run_pipeline
 from glmctl.run.study_result import Found, Outcome, Points, Trial, page, plots, setting_words, shown
 

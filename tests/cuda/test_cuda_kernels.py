@@ -136,20 +136,14 @@ def attention_case(device: torch.device) -> Case:
     )
 
 
-def causal_case(device: torch.device) -> Case:
-    here = attention.find_segments(torch.zeros(2, 70, dtype=torch.long))
+def causal_case(tokens: int, heads: int, kv_heads: int, width: int, value_width: int) -> Case:
+    here = attention.find_segments(torch.zeros(2, tokens, dtype=torch.long))
     return Case(
-        [draw(2, 70, 8, 128), draw(2, 70, 2, 128, seed=1), draw(2, 70, 2, 128, seed=2)],
-        attention.causal_attention,
-        lambda q, k, v: attention.masked(q, k, v, here),
-    )
-
-
-def wide_keys_case(device: torch.device) -> Case:
-    """MLA: values of another width than keys."""
-    here = attention.find_segments(torch.zeros(2, 33, dtype=torch.long))
-    return Case(
-        [draw(2, 33, 4, 48), draw(2, 33, 4, 48, seed=1), draw(2, 33, 4, 32, seed=2)],
+        [
+            draw(2, tokens, heads, width),
+            draw(2, tokens, kv_heads, width, seed=1),
+            draw(2, tokens, kv_heads, value_width, seed=2),
+        ],
         attention.causal_attention,
         lambda q, k, v: attention.masked(q, k, v, here),
     )
@@ -202,8 +196,8 @@ CASES = {
     "narrow_experts": narrow_experts_case,
     "one_expert": one_expert_case,
     "document_attention": attention_case,
-    "causal_attention": causal_case,
-    "attention_of_two_widths": wide_keys_case,
+    "causal_attention": lambda device: causal_case(70, 8, 2, 128, 128),
+    "attention_of_two_widths": lambda device: causal_case(33, 4, 4, 48, 32),  # MLA's
     "linear_cross_entropy": loss_case,
     "token_log_probs": log_probs_case,
     "linear_kl": kl_case,

@@ -127,6 +127,7 @@ def test_deterministic_algorithms_make_training_the_same_bits(
         for precision in ("fp32", "bf16"):
             (a, one), (b, other) = (train(config, packed, device, precision=precision, steps=8) for _ in range(2))
             observe(precision=precision, same_bits=same_bits(one, other), furthest=furthest(a, b))
+            assert same_bits(one, other)
     finally:
         torch.use_deterministic_algorithms(False)
 

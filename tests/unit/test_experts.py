@@ -73,7 +73,6 @@ def choose(n: int, n_experts: int, k: int, used: int) -> Tensor:
     return torch.stack([torch.randperm(used, generator=g)[:k] for _ in range(n)])
 
 
-@pytest.mark.skipif(module._grouped_product is None, reason="this torch has no grouped product")
 @pytest.mark.parametrize(("n", "n_experts", "k", "used"), [(60, 8, 3, 8), (60, 16, 4, 5), (1, 8, 2, 8), (9, 4, 1, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_grouped_products_equal_the_definition(n: int, n_experts: int, k: int, used: int, dtype: torch.dtype) -> None:
