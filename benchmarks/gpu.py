@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,8 +33,9 @@ from torch.nn import functional as F
 from glmctl.data.batches import Batch
 from glmctl.engine.engine import Engine
 from glmctl.engine.request import Request, SamplingParams
+from glmctl.engine.torch_runner import TorchRunner
 from glmctl.kernels import registry
-from glmctl.kernels.registry import compile_small
+from glmctl.kernels.registry import compiled_small
 from glmctl.model.config import ModelConfig
 from glmctl.model.network import GlmMoe
 from glmctl.parallel.accelerate import make_accelerator
@@ -102,8 +104,12 @@ def batch_of(config: ModelConfig, rows: int, length: int) -> Batch:
 def our_step(model: GlmMoe, batch: Batch, *, compiled: bool, muon: bool = False) -> Step:
     spec = MuonSpec() if muon else AdamWSpec()
     stepper = Stepper(model, build_optimizer(model, spec), make_accelerator("bf16"), grad_clip=1.0)
-    compile_small(compiled, model.device)
-    return lambda: stepper.lm_step([batch], lr=1e-5, bias_update_rate=1e-3)
+
+    def step() -> object:
+        with compiled_small(compiled, model.device):
+            return stepper.lm_step([batch], lr=1e-5, bias_update_rate=1e-3)
+
+    return step
 
 
 def peer(config: ModelConfig, device: torch.device, dtype: torch.dtype, experts: str = "grouped_mm") -> Any:
@@ -212,7 +218,6 @@ def train(config: ModelConfig, rows: int, length: int, device: torch.device, rep
     if clock.allows("glmctl muon", 20):
         step = None
         take("glmctl muon", our_step(model, batch, compiled=False, muon=True))
-    compile_small(False, device)
     del model, step
     for name, experts, compiled, seconds in PEERS:
         autocast = "autocast" in name
@@ -278,8 +283,14 @@ def experts_alone(config: ModelConfig, tokens: int, device: torch.device) -> dic
     return found
 
 
-def ours_generates(model: GlmMoe) -> Generate:
-    engine = Engine(model, max_slots=max(STREAMS), max_length=PROMPT + 128, prefill_tokens=16384)
+def ours_generates(model: GlmMoe, *, graphs: bool) -> Generate:
+    engine = Engine(
+        model,
+        max_slots=max(STREAMS),
+        max_length=PROMPT + 128,
+        prefill_tokens=16384,
+        runner=partial(TorchRunner, graphs=graphs),
+    )
     count = iter(range(1 << 30))
 
     def generate(prompts: list[list[int]], new: int) -> object:
@@ -307,8 +318,12 @@ STREAMS = (1, 32, 128)
 
 def generation(config: ModelConfig, device: torch.device, new: int, clock: Clock) -> dict[str, Any]:
     def engines() -> Iterator[tuple[str, Generate]]:
-        yield "glmctl", ours_generates(GlmMoe(config, device=device, seed=0).requires_grad_(False).bfloat16())
-        yield "hf", theirs_generates(peer(config, device, torch.bfloat16), device)
+        for dtype in (torch.bfloat16, torch.float32):
+            model = GlmMoe(config, device=device, seed=0).requires_grad_(False).to(dtype)
+            for graphs in (True, False):
+                kind = "graphs" if graphs else "plain"
+                yield f"glmctl {str(dtype)[6:]} {kind}", ours_generates(model, graphs=graphs)
+        yield "hf bfloat16", theirs_generates(peer(config, device, torch.bfloat16), device)
 
     drawn = torch.Generator().manual_seed(0)
 
@@ -317,7 +332,8 @@ def generation(config: ModelConfig, device: torch.device, new: int, clock: Clock
         return found
 
     def figures(generate: Generate, streams: int) -> dict[str, float]:
-        generate(prompts(streams), 4)
+        # enough for a graph to be recorded
+        generate(prompts(streams), 8)
         one = min(seconds_of(lambda: generate(prompts(streams), 1), device) for _ in range(2))
         many = seconds_of(lambda: generate(prompts(streams), 1 + new), device)
         return {
@@ -333,7 +349,7 @@ def generation(config: ModelConfig, device: torch.device, new: int, clock: Clock
         for streams in STREAMS:
             if clock.allows(f"{name} x{streams}", 12):
                 row = found[name][streams] = figures(generate, streams)
-                print(f"  {name:<8} x{streams:<4}" + "  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+                print(f"  {name:<23} x{streams:<4}" + "  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
     return found
 
 

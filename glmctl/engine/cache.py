@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from glmctl.model.config import ModelConfig
 
@@ -39,6 +40,16 @@ class PagedCache:
         self.keys = [_zeros((*shape, spec.key_dim), device, dtype) for _ in range(layers)]
         self.values = [_zeros((*shape, spec.value_dim), device, dtype) for _ in range(layers)]
 
+    def store(
+        self, layer: int, place_P: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, stored_BT1k: Tensor | None = None
+    ) -> None:
+        """Keep these keys and values, or the one vector of MLA instead of both; `place_P` as in a [places, d] view."""
+        keys, values = self.keys[layer], self.values[layer]
+        d = keys.shape[-1]
+        # a compressed cache keeps one vector a place, which is the key; its values are that key's leading part
+        for stored, new in ((keys, k_BTKd), (values, v_BTKd)) if stored_BT1k is None else ((keys, stored_BT1k),):
+            stored.view(-1, d).index_copy_(0, place_P, new.reshape(-1, d).to(stored.dtype))
+
     @property
     def nbytes(self) -> int:
         """Memory reserved."""
@@ -50,7 +61,7 @@ class PagedCache:
         return layers * config.cache_spec.numbers * block_size * dtype.itemsize
 
 
-def _zeros(shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
+def _zeros(shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype) -> Tensor:
     """Zeros, not empty: a masked place meets a weight of exactly 0, and 0 * NaN would be NaN.
 
     On a CPU through numpy, whose zeros are calloc: pages that are never used are never committed.

@@ -2,7 +2,8 @@
 
 Everything but attention works on the flat rows of the step. Attention takes sequences in groups of similar shape,
 padded to the group's longest: pieces that begin a sequence attend to themselves without touching the cache, others
-to the gathered blocks of their sequence.
+to the gathered blocks of their sequence. On a GPU steps of one token a sequence are replayed as CUDA graphs
+(`engine.decode_graphs`).
 
 A GEMM's rounding may depend on how many rows it has, so here a request's logits agree between batches only up to
 fp32 rounding (about 1e-6 relative); greedy tokens can differ where two logits lie that close.
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from glmctl.engine.cache import PagedCache
+from glmctl.engine.decode_graphs import DecodeGraphs
 from glmctl.engine.runner import StepBatch, StepOutput
 from glmctl.kernels.attention import additive_mask, cached_attention, causal_attention
 from glmctl.model.network import GlmMoe
@@ -37,14 +39,18 @@ _CACHE_SHARE = 0.5
 class TorchRunner:
     """`engine.runner.Runner` by torch. Calls are made under `torch.inference_mode`."""
 
-    def __init__(self, model: GlmMoe, cache: PagedCache) -> None:
+    def __init__(self, model: GlmMoe, cache: PagedCache, *, graphs: bool = True) -> None:
+        """graphs: record steps of one token a request as CUDA graphs, on a GPU and where the model allows it."""
         self.model, self.cache = model, cache
+        self.graphs = DecodeGraphs(model, cache) if graphs and DecodeGraphs.possible(model) else None
         self._scratch = Scratch()
         self._drafted_S: Tensor | None = None
         self._draft_head_SD: Tensor | None = None
 
     def step(self, batch: StepBatch) -> StepOutput:
         """See `Runner.step`."""
+        if self.graphs is not None and (replayed := self.graphs.step(batch)) is not None:
+            return replayed
         sight = PagedSight(self.cache, batch, 0, self._scratch)
         device = self.model.device
         hidden_1ND = self.model(
@@ -70,10 +76,15 @@ class TorchRunner:
     def limit_drafts(self, tokens_S: Tensor | None) -> None:
         """See `Runner.limit_drafts`."""
         self._drafted_S = None if tokens_S is None else tokens_S.to(self.model.device)
-        self.refresh_weights()
+        self._copy_head()
 
     def refresh_weights(self) -> None:
         """Parameters are used where they are; only the rows of the head that few drafts read are a copy."""
+        if self.graphs is not None:
+            self.graphs.refresh()
+        self._copy_head()
+
+    def _copy_head(self) -> None:
         ids = self._drafted_S
         self._draft_head_SD = None if ids is None else self.model.head_weight.detach()[ids]
 
@@ -142,11 +153,8 @@ class PagedSight:
         self, layer: int, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, stored_BT1k: Tensor | None = None
     ) -> Tensor:
         """Store this layer's keys and values of every row, then attend. B is 1 and T the step's N."""
+        self.cache.store(layer, self.place_P, k_BTKd, v_BTKd, stored_BT1k)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        d = keys.shape[-1]
-        # a compressed cache keeps one vector a place, which is the key; its values are that key's leading part
-        for stored, new in ((keys, k_BTKd), (values, v_BTKd)) if stored_BT1k is None else ((keys, stored_BT1k),):
-            stored.view(-1, d).index_copy_(0, self.place_P, new.reshape(-1, d).to(stored.dtype))
         shape = (*q_BTHd.shape[:-1], v_BTKd.shape[-1])
         if len(self.groups) == 1 and self.groups[0].real_P is None and isinstance(self.groups[0].rows, slice):
             return self._attend_group(self.groups[0], keys, values, q_BTHd, k_BTKd, v_BTKd).reshape(shape)

@@ -16,6 +16,10 @@ ALL_EXPERTS_BYTES = 1536 << 10
 through every expert in two batched products than to sort tokens by expert (decoding a small model). Measured: the
 two meet at 64 tokens for 8 experts of 128 x 96, and larger experts never gain."""
 
+ALL_EXPERTS_ON_DEVICE_BYTES = 64 << 20
+"""The same on a GPU, of everybody's intermediates alone: a product for each expert is a launch for each expert, and the
+host has to wait for the order."""
+
 
 def experts(x_ND: Tensor, index_NK: Tensor, weight_NK: Tensor, gate_up_EGD: Tensor, down_EDI: Tensor) -> Tensor:
     """Send each token through its experts and add up the results, weighted.
@@ -53,12 +57,24 @@ def by_expert(x_ND: Tensor, index_NK: Tensor, weight_NK: Tensor, gate_up_EGD: Te
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         result: Tensor = _Experts.apply(x_ND, index_NK, weight_NK, gate_up_EGD, down_EDI)  # type: ignore[no-untyped-call]
         return result
-    n_experts, gate_up_width, _ = gate_up_EGD.shape
-    intermediate = x_ND.shape[0] * n_experts * gate_up_width * x_ND.element_size()
-    if gate_up_EGD.nbytes + down_EDI.nbytes + intermediate <= ALL_EXPERTS_BYTES:
+    if _few(len(x_ND), gate_up_EGD, down_EDI):
         return _through_all(x_ND, index_NK, weight_NK, gate_up_EGD, down_EDI)
-    order = _sort(index_NK, n_experts)
+    order = _sort(index_NK, gate_up_EGD.shape[0])
     return _forward(x_ND, order, weight_NK, gate_up_EGD, down_EDI)[0]
+
+
+def _few(rows: int, gate_up_EGD: Tensor, down_EDI: Tensor) -> bool:
+    """Whether so few rows had better go through all experts."""
+    intermediate = rows * gate_up_EGD.shape[0] * gate_up_EGD.shape[1] * gate_up_EGD.element_size()
+    if gate_up_EGD.device.type == "cpu":
+        return gate_up_EGD.nbytes + down_EDI.nbytes + intermediate <= ALL_EXPERTS_BYTES
+    return intermediate <= ALL_EXPERTS_ON_DEVICE_BYTES
+
+
+def waits_for_device(rows: int, gate_up_EGD: Tensor, down_EDI: Tensor) -> bool:
+    """Whether `experts` without gradients makes the host wait for a GPU, which no CUDA graph can record."""
+    grouped = gate_up_EGD.dtype == torch.bfloat16 and _aligned(gate_up_EGD) and _aligned(down_EDI)
+    return not grouped and not _few(rows, gate_up_EGD, down_EDI)
 
 
 def _through_all(x_ND: Tensor, index_NK: Tensor, weight_NK: Tensor, gate_up_EGD: Tensor, down_EDI: Tensor) -> Tensor:

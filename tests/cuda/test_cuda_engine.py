@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from glmctl.convert.run import run as convert
+from glmctl.engine.decode_graphs import DecodeGraphs
 from glmctl.engine.engine import Engine
 from glmctl.engine.request import Request, SamplingParams
 from glmctl.engine.rounding import round_weights
@@ -127,6 +129,65 @@ def test_bf16_model_decodes(config: ModelConfig, device: torch.device, observe: 
     assert first >= 6
     plain = [generate(model, prompt, NEW) for prompt in asked]
     observe(as_plain=sum(a == b for a, b in zip(found, plain, strict=True)), of=8)
+
+
+def uneven(asked: list[list[int]], engine: Engine) -> list[list[int]]:
+    """Requests that end one after another, so that the shapes of steps change."""
+    params = [SamplingParams(max_tokens=12 + 7 * n, temperature=0.0) for n in range(len(asked))]
+    made = engine.generate([Request(str(n), prompt, params[n]) for n, prompt in enumerate(asked)])
+    return [one.tokens for one in made]
+
+
+def graphs_of(engine: Engine) -> DecodeGraphs:
+    runner = engine._runner
+    assert isinstance(runner, TorchRunner)
+    assert runner.graphs is not None
+    return runner.graphs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_replayed_steps_are_the_plain_ones(
+    dtype: torch.dtype, family_config: ModelConfig, device: torch.device, observe: Callable[..., None]
+) -> None:
+    """Every architecture, requests of many lengths; the plain ones step by step without graphs."""
+    model = sharpened(family_config, device, dtype)
+    asked = prompts(9, family_config.vocab_size)
+    engine = Engine(model)
+    found = uneven(asked, engine)
+    right = uneven(asked, Engine(model, runner=partial(TorchRunner, graphs=False)))
+    if family_config.rope_scaling is None:
+        observe(replayed=graphs_of(engine).replayed, steps=engine.stats.steps)
+        assert graphs_of(engine).replayed > engine.stats.steps // 3
+    differ = [one for one in zip(asked, found, right, strict=True) if one[1] != one[2]]
+    observe(differ=len(differ), of=9)
+    if dtype == torch.float32:
+        assert all(ties(model, *one) for one in differ)
+        assert len(differ) <= 1
+    else:
+        # bf16's rounding decides many choices
+        assert len(differ) <= 5
+        assert all(one[1][:3] == one[2][:3] for one in differ)
+
+
+def test_graphs_follow_the_weights(config: ModelConfig, device: torch.device) -> None:
+    """Changed in place, moved, and with another base of RoPE: as an engine that never recorded anything."""
+    model = sharpened(config, device)
+    asked = prompts(4, config.vocab_size)
+    engine = Engine(model)
+    seen = [uneven(asked, engine)]
+    for change in ("in place", "moved", "rope"):
+        if change == "in place":
+            model.embed_tokens.weight.copy_(model.embed_tokens.weight.roll(1, 0))
+        elif change == "moved":
+            model.layers[1].self_attn.o_proj.weight.data = -model.layers[1].self_attn.o_proj.weight.data
+        else:
+            model.set_rope_theta(100.0)
+        engine.load_weights(len(seen))
+        before = graphs_of(engine).replayed
+        seen.append(uneven(asked, engine))
+        assert graphs_of(engine).replayed > before
+        assert seen[-1] != seen[-2]
+        assert seen[-1] == uneven(asked, Engine(model, runner=partial(TorchRunner, graphs=False)))
 
 
 def test_weights_are_loaded_in_flight(config: ModelConfig, device: torch.device) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from glmctl.engine.cache import PagedCache
+from glmctl.engine.decode_graphs import DecodeGraphs, feed_of
 from glmctl.engine.runner import StepBatch
 from glmctl.engine.torch_runner import TorchRunner
 from glmctl.model.config import ModelConfig
@@ -82,6 +83,29 @@ def test_pieces_of_any_shape_give_the_hidden_states_of_whole_rows(model: GlmMoe,
     for each, parts in zip(tokens, got, strict=True):
         # fp32 rounding of another order of summation, over a few layers
         assert torch.allclose(torch.cat(parts), whole(model, each), atol=2e-5)
+
+
+def test_what_a_graph_records_is_the_plain_step_whatever_it_is_padded_with(family_config: ModelConfig) -> None:
+    """The computation of `engine.decode_graphs`, which on a CPU nothing records."""
+    model = GlmMoe(family_config, seed=5).requires_grad_(False)
+    rng = random.Random(0)
+    count = 5
+    tokens = [[rng.randrange(model.config.vocab_size) for _ in range(length)] for length in (2, 17, 33, 40, 48)]
+    tables = [[1 + 3 * s + block for block in rng.sample(range(3), 3)] for s in range(count)]
+    cache = PagedCache(model.config, 16, layers=model.config.num_hidden_layers)
+    runner, graphs = TorchRunner(model, cache), DecodeGraphs(model, cache)
+    runner.step(batch_of([(s, 0, len(each) - 1) for s, each in enumerate(tokens)], tokens, tables))
+    batch = batch_of([(s, len(each) - 1, len(each)) for s, each in enumerate(tokens)], tokens, tables)
+    for padded in ((count, 3), (8, 3)):
+        for stored in (*cache.keys, *cache.values):
+            stored[0] = 1e4  # nobody's block
+        # twice: storing a second time changes nothing
+        for _ in range(2):
+            out = graphs.forward(feed_of(batch, *padded))
+            assert torch.allclose(out.hidden_ND[:count], runner.step(batch).hidden_ND, atol=2e-5)
+            assert torch.equal(out.logits_RV, model.logits(out.hidden_ND))
+    last = torch.stack([whole(model, each)[-1] for each in tokens])
+    assert torch.allclose(out.hidden_ND[:count], last, atol=5e-5)
 
 
 def test_only_the_rows_asked_for_get_logits(model: GlmMoe) -> None:
