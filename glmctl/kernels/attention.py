@@ -22,6 +22,10 @@ def causal_attention(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
     if fused.usable(q_BTHd, k_BTKd, v_BTKd):
         B, T = q_BTHd.shape[:2]
         return fused.documents(q_BTHd, k_BTKd, v_BTKd, torch.arange(B) * T, torch.full((B,), T))
+    group = q_BTHd.shape[2] // k_BTKd.shape[2]
+    if group > 1 and q_BTHd.device.type == "cuda" and q_BTHd.dtype == torch.float32:
+        # torch has no kernel for grouped heads of this width there, and would make the whole matrix of scores
+        k_BTKd, v_BTKd = k_BTKd.repeat_interleave(group, 2), v_BTKd.repeat_interleave(group, 2)
     out_BHTd = F.scaled_dot_product_attention(
         q_BTHd.transpose(1, 2),
         k_BTKd.transpose(1, 2),

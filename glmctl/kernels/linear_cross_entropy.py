@@ -138,7 +138,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        scaled = [None if g is None else g * grad.to(g.dtype) for g in (grad_hidden, grad_weight)]
+        # a number without dimensions: it is read at full width and the product is rounded once
+        scaled = [None if g is None else g * grad for g in (grad_hidden, grad_weight)]
         return scaled[0], scaled[1], None, None, None, None
 
 

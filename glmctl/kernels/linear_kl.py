@@ -104,7 +104,7 @@ class _LinearKl(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
-        return grad_hidden_ND * grad.to(grad_hidden_ND.dtype), grad_weight_VD * grad, None, None, None, None
+        return grad_hidden_ND * grad, grad_weight_VD * grad, None, None, None, None
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -234,6 +234,17 @@ def test_operation(name: str, dtype: torch.dtype, device: torch.device, observe:
 
 
 @pytest.mark.parametrize("name", ["experts", "document_attention", "linear_cross_entropy", "causal_attention"])
+def test_grouped_heads_in_fp32_never_make_all_scores(device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("memory of a CUDA device")
+    T, H, K, d = 4096, 8, 2, 64
+    q, k, v = (torch.randn(1, T, heads, d, device=device, requires_grad=True) for heads in (H, K, K))
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    attention.causal_attention(q, k, v).sum().backward()
+    assert torch.cuda.max_memory_allocated(device) - before < H * T * T * 4 // 4
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_same_twice(name: str, dtype: torch.dtype, device: torch.device, observe: Callable[..., None]) -> None:
     """Values are the same bits each time; whether gradients are is observed: torch's attention adds in any order."""
