@@ -39,6 +39,8 @@ class Served:
 
     process: subprocess.Popen[str]
     url: str
+    folder: tempfile.TemporaryDirectory[str]
+    """its run; removed when nothing refers to this any more"""
 
     @property
     def address(self) -> tuple[str, int]:
@@ -54,8 +56,8 @@ class Served:
 
 def start(model: str, *options: str) -> Served:
     """`glmctl serve` on a free port, once it says where it listens."""
-    folder = tempfile.mkdtemp(prefix="glmctl-rows-")
-    command = [sys.executable, "-m", "glmctl", "serve", model, "--port", "0", "--run", f"{folder}/run"]
+    folder = tempfile.TemporaryDirectory(prefix="glmctl-rows-")
+    command = [sys.executable, "-m", "glmctl", "serve", model, "--port", "0", "--run", f"{folder.name}/run"]
     process = subprocess.Popen(
         [*command, "--served-name", "any", *options], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
@@ -64,7 +66,7 @@ def start(model: str, *options: str) -> Served:
         found = re.search(r"on (http://\S+)/v1", line)
         if found:
             threading.Thread(target=process.stderr.read, daemon=True).start()  # else the pipe fills, and it waits
-            return Served(process, found[1])
+            return Served(process, found[1], folder)
     raise SystemExit(f"the server ended with code {process.wait()}")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,7 +97,7 @@ class DecodeGraphs:
         self._asked: Counter[tuple[int, int]] = Counter()
         self._waiting: dict[int, bool] = {}
         self._weights = self._addresses()
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     @staticmethod
     def possible(model: GlmMoe) -> bool:
@@ -156,7 +157,7 @@ class DecodeGraphs:
         fed = feed.to(self.model.device)
         graph = torch.cuda.CUDAGraph()
         # once outside: libraries make their workspaces, operations their tables. It stores what the replay will
-        aside = torch.cuda.Stream()
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             self.forward(fed)
