@@ -32,7 +32,7 @@ import torch
 
 from glmctl.data.batches import pad_batch
 from glmctl.kernels.fused.library import in_torch, library
-from glmctl.kernels.registry import compile_small
+from glmctl.kernels.registry import compiled_small
 from glmctl.model.config import ModelConfig
 from glmctl.model.network import GlmMoe
 from glmctl.parallel.accelerate import make_accelerator
@@ -67,8 +67,7 @@ def our_step(
     micro = batch.split(count)
 
     def step() -> float:
-        compile_small(inductor, model.device)
-        with in_torch() if plain else nullcontext():
+        with compiled_small(inductor, model.device), in_torch() if plain else nullcontext():
             return stepper.lm_step(micro, lr=1e-4).loss
 
     return step

@@ -159,7 +159,10 @@ def _configure(words: list[str]) -> list[str]:
     end = words.index("--") if "--" in words else len(words)
     given = {GLOBAL_FLAGS[word] for word in words[:end] if word in GLOBAL_FLAGS}
     debug = "debug" in given or os.environ.get("GLMCTL_DEBUG", "") not in ("", "0")
-    console.configure(json="json" in given, quiet="quiet" in given, debug=debug)
+    rank = os.environ.get("RANK", "")
+    console.configure(
+        json="json" in given, quiet="quiet" in given, debug=debug, rank=int(rank) if rank.isdecimal() else 0
+    )
     return [word for word in words[:end] if word not in GLOBAL_FLAGS] + words[end:]
 
 
@@ -190,7 +193,7 @@ def _say(error: GlmctlError) -> int:
     if console.is_debug():
         traceback.print_exception(error)
     try:
-        console.error(error.kind, error.message, error.hint, error.exit_code)
+        _report(error.kind, error.message, error.hint, error.exit_code)
     except OSError:
         # the terminal or the full disk behind stdout is what went wrong; the exit code still says it
         _torn()
@@ -201,8 +204,17 @@ def _bug(error: BaseException) -> int:
     if console.is_debug():
         traceback.print_exception(error)
     message = f"internal error: {type(error).__name__}: {error} (run with --debug for the traceback)"
-    console.error("internal", message, None, 1)
+    _report("internal", message, None, 1)
     return 1
+
+
+def _report(kind: str, message: str, hint: str | None, exit_code: int) -> None:
+    """Say an error; in a rank that `--processes` started, the launcher makes the object of it."""
+    from glmctl.parallel.launch import TOGETHER, tell
+
+    told = tell(kind, message, hint, exit_code)
+    if kind not in TOGETHER or not (told or console.rank()):
+        console.error(kind, message, hint, exit_code, final=not told)
 
 
 def _torn() -> int:

@@ -25,14 +25,18 @@ class _State:
     json: bool = False
     quiet: bool = False
     debug: bool = False
+    rank: int = 0
 
 
 _state = _State()
 
 
-def configure(*, json: bool = False, quiet: bool = False, debug: bool = False) -> None:
-    """Set how everything below speaks. `json`: one object on stdout; `quiet`: no notices, no progress."""
-    _state.json, _state.quiet, _state.debug = json, quiet, debug
+def configure(*, json: bool = False, quiet: bool = False, debug: bool = False, rank: int = 0) -> None:
+    """Set how everything below speaks. `json`: one object on stdout; `quiet`: no notices, no progress.
+
+    rank: this process's place among those of a job. They say the same, so all but the first keep to their errors.
+    """
+    _state.json, _state.quiet, _state.debug, _state.rank = json, quiet or rank > 0, debug, rank
 
 
 def is_json() -> bool:
@@ -50,6 +54,11 @@ def is_debug() -> bool:
     return _state.debug
 
 
+def rank() -> int:
+    """This process's place among those of its job, 0 for the first or only one."""
+    return _state.rank
+
+
 def note(message: str) -> None:
     """A notice on stderr; nothing when quiet."""
     if not _state.quiet:
@@ -58,19 +67,29 @@ def note(message: str) -> None:
 
 def warn(message: str) -> None:
     """A warning on stderr, also when quiet."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    if not _state.rank:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def error(kind: str, message: str, hint: str | None, exit_code: int, *, final: bool = True) -> None:
     """An error: `error: ...` (and `hint: ...`) on stderr, and with --json one object on stdout too.
 
-    Not `final`: one of several, of which only the last becomes the object.
+    Not `final`: one of several, of which only the last becomes the object. A rank but the first names itself on
+    stderr and leaves object and hint to the first.
     """
-    print(f"error: {_one_line(message)}", file=sys.stderr)
-    if hint:
-        print(f"hint: {_one_line(hint)}", file=sys.stderr)
-    sys.stderr.flush()
-    if _state.json and final:
+    named = f"rank {_state.rank}: " if _state.rank else ""
+    text = f"error: {named}{_one_line(message)}\n"
+    if hint and not _state.rank:
+        text += f"hint: {_one_line(hint)}\n"
+    # in one write, ends of lines too: other ranks may be writing to the same stream
+    print(text, file=sys.stderr, end="", flush=True)
+    if final and not _state.rank:
+        error_object(kind, message, hint, exit_code)
+
+
+def error_object(kind: str, message: str, hint: str | None, exit_code: int) -> None:
+    """With --json, an error as one object on stdout; else nothing."""
+    if _state.json:
         body = {"kind": kind, "message": _one_line(message), "hint": hint, "exit_code": exit_code}
         print(_json.dumps({"error": body}, ensure_ascii=False), flush=True)
 

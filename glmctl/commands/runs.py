@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,19 +21,20 @@ RootOption = Annotated[
 
 @app.command("list")
 def list_(root: RootOption = None) -> None:
-    """List the runs, stages of pipelines included."""
-    from glmctl.run.compare import as_json, find_runs
+    """List the runs, stages of pipelines included; one that cannot be read is listed as damaged."""
+    from glmctl.run.compare import find_runs, overview
     from glmctl.run.headline import sentence
-    from glmctl.run.view import read_stage
 
     base = root or stage.default_path("")
-    views = [read_stage(path) for path in find_runs(base)]
-    rows = [
-        [str(v.path.relative_to(base)), v.kind, v.state, console.duration(v.seconds), sentence(v.kind, v.summary, 2)]
-        for v in views
-    ]
+    views = [overview(path) for path in find_runs(base)]
+    rows, bodies = [], []
+    for view, step in views:
+        words = "" if view.error else sentence(view.kind, view.summary, 2)
+        rows.append([str(view.path.relative_to(base)), view.kind, view.state, console.duration(view.seconds), words])
+        body = {"run": str(view.path), "type": view.kind, "state": view.state, "seconds": view.seconds}
+        bodies.append({**body, "step": step, "summary": view.summary, **({"error": view.error} if view.error else {})})
     console.table("", ["run", "type", "state", "time", "result"], rows)
-    console.result({"runs": [as_json(view) for view in views]}, text="" if views else f"no runs in {base}")
+    console.result({"runs": bodies}, text="" if views else f"no runs in {base}")
 
 
 @app.command()
@@ -63,7 +65,8 @@ def compare(
     found = list(views.values())
     curves = {name: sides.curve(view, metric, x) for name, view in views.items()}
     if not console.is_json():
-        console.out(sides.terminal_chart(curves, x_label=x, y_label=metric) + "\n")
+        width = shutil.get_terminal_size().columns
+        console.out(sides.terminal_chart(curves, x_label=x, y_label=metric, width=width) + "\n")
     console.table("", ["", *views], sides.summary_rows(found))
     changed = sides.recipe_differences(found)
     if html is not None:

@@ -156,7 +156,7 @@ class _Epochs:
     def __init__(
         self, lengths: np.ndarray, sequence_length: int, packing: Literal["concat", "best_fit"], seed: int
     ) -> None:
-        self._lengths = lengths
+        self.lengths = lengths
         self._sequence_length = sequence_length
         self._kind: type[ConcatPlan] | type[BestFitPlan] = ConcatPlan if packing == "concat" else BestFitPlan
         self._seed = seed
@@ -167,7 +167,7 @@ class _Epochs:
         if epoch not in self._plans:
             while len(self._plans) > 1:
                 del self._plans[min(self._plans)]
-            self._plans[epoch] = self._kind(self._lengths, self._sequence_length, _epoch_rng(self._seed, epoch))
+            self._plans[epoch] = self._kind(self.lengths, self._sequence_length, _epoch_rng(self._seed, epoch))
         return self._plans[epoch]
 
     def row(self, index: int) -> list[Piece]:
@@ -176,7 +176,10 @@ class _Epochs:
 
 
 class PretrainBatches:
-    """Packed rows of a token stream; documents and rows are reshuffled (and re-cut, when concatenated) each epoch."""
+    """Packed rows of a token stream; documents and rows are reshuffled (and re-cut, when concatenated) each epoch.
+
+    The rows are planned when the first is asked for: a run has stages that it comes to weeks after its start.
+    """
 
     def __init__(
         self,
@@ -189,19 +192,37 @@ class PretrainBatches:
         if shards.total_tokens == 0:
             raise DataError("the training data holds no tokens")
         self._shards = shards
-        self._starts = shards.document_starts
-        self._lengths = np.diff(np.append(self._starts, shards.total_tokens))
         self.sequence_length = sequence_length
-        self._epochs = _Epochs(self._lengths, sequence_length, packing, seed)
-        self.sequences_per_epoch = self._epochs.rows_per_epoch
+        self._packing = packing
+        self._seed = seed
+
+    @cached_property
+    def _epochs(self) -> _Epochs:
+        lengths = np.diff(np.append(self._shards.document_starts, self._shards.total_tokens))
+        return _Epochs(lengths, self.sequence_length, self._packing, self._seed)
+
+    @property
+    def sequences_per_epoch(self) -> int:
+        """Rows of one epoch."""
+        return self._epochs.rows_per_epoch
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of one epoch, without what packing leaves empty."""
+        return self._shards.total_tokens
+
+    def forget(self) -> None:
+        """Give back what the plans take; they are made again, alike, when a row is asked for."""
+        vars(self).pop("_epochs", None)
 
     def batch(self, first_sequence: int, count: int) -> Batch:
         """Rows `first_sequence` ... `+ count` of the endless sequence of epochs."""
         rows = _Rows(count, self.sequence_length, self._shards.pad_id)
+        starts, lengths = self._shards.document_starts, self._epochs.lengths
         for row in range(count):
             for document, start, stop in self._epochs.row(first_sequence + row):
-                end = min(stop + 2, int(self._lengths[document]))
-                tokens = self._shards.tokens(int(self._starts[document]) + start, end - start)
+                end = min(stop + 2, int(lengths[document]))
+                tokens = self._shards.tokens(int(starts[document]) + start, end - start)
                 rows.add(row, tokens.astype(np.int64), stop - start)
         return rows.batch()
 

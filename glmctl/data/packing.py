@@ -6,11 +6,15 @@ augmentation, and best-fit (Ding et al. 2024) for mid-training and SFT, which cu
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+_BLOCK = 1 << 16
+"""pieces whose lengths are Python numbers at a time"""
 
 
 def stage_seed(seed: int, stage: int) -> int:
@@ -62,31 +66,45 @@ class ConcatPlan:
 
 
 class BestFitPlan:
-    """One epoch of best-fit packing; the number of rows depends on the lengths alone, never on the seed."""
+    """One epoch of best-fit packing; the number of rows depends on the lengths alone, never on the seed.
+
+    Holds three numbers a piece and two a row, as narrow as they allow: documents are counted in hundreds of millions.
+    """
 
     def __init__(self, lengths: np.ndarray, sequence_length: int, rng: np.random.Generator) -> None:
+        """`lengths` [documents] int64, tokens of each."""
         pieces = cut(lengths, sequence_length)
-        order = rng.permutation(len(pieces))
-        shuffled = [pieces[i] for i in order]
-        bins = best_fit([piece.stop - piece.start for piece in shuffled], sequence_length)
-        self._rows = [[shuffled[i] for i in members] for members in bins]
-        self._order = rng.permutation(len(bins))
+        shuffled = rng.permutation(len(pieces.documents))
+        members, self._ends = _pack((pieces.stops - pieces.starts)[shuffled], sequence_length)
+        placed = shuffled[members]
+        self._pieces = Pieces(*(column[placed] for column in pieces))
+        self._order = rng.permutation(len(self._ends))
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._ends)
 
     def row(self, index: int) -> list[Piece]:
         """The pieces of row `index`; together they have at most a row's tokens."""
-        return self._rows[int(self._order[index])]
+        row = int(self._order[index])
+        inside = slice(int(self._ends[row - 1]) if row else 0, int(self._ends[row]))
+        return [Piece(*one) for one in zip(*(column[inside].tolist() for column in self._pieces), strict=True)]
 
 
-def cut(lengths: np.ndarray, sequence_length: int) -> list[Piece]:
+class Pieces(NamedTuple):
+    """Many pieces, as arrays [pieces] of `Piece`'s fields."""
+
+    documents: np.ndarray
+    starts: np.ndarray
+    stops: np.ndarray
+
+
+def cut(lengths: np.ndarray, sequence_length: int) -> Pieces:
     """Every document as one piece, or, when longer than a row, as full pieces and a remainder. Loses no token."""
-    return [
-        Piece(document, start, min(start + sequence_length, int(length)))
-        for document, length in enumerate(lengths)
-        for start in range(0, int(length), sequence_length)
-    ]
+    counts = -(-lengths // sequence_length)
+    documents = np.repeat(np.arange(len(lengths)), counts)
+    starts = (np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts)) * sequence_length
+    stops = np.minimum(starts + sequence_length, lengths[documents])
+    return Pieces(_narrow(documents), _narrow(starts), _narrow(stops))
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -95,25 +113,43 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     Equal lengths keep their given order, so shuffling the input shuffles who shares a row with whom.
     O(n log n + n * distinct rooms).
     """
-    assert all(0 < length <= capacity for length in lengths), "pieces are cut before they are packed"
-    rows: list[list[int]] = []
-    rows_by_room: dict[int, list[int]] = {}
+    members, ends = _pack(np.asarray(lengths, np.int64), capacity)
+    return [row.tolist() for row in np.split(members, ends[:-1])] if len(ends) else []
+
+
+def _pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """`best_fit` as the members of all rows in turn and where in them each row ends."""
+    assert ((lengths > 0) & (lengths <= capacity)).all(), "pieces are cut before they are packed"
+    order = np.argsort(-lengths, kind="stable")
+    row_of = array("q")  # by place in `order`
+    # the rows of each room are a stack: the top one, and below each row the next
+    top, below = [-1] * (capacity + 1), array("q")
     rooms: list[int] = []  # the distinct rooms that some row has, sorted
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[index]
-        at = bisect_left(rooms, length)
-        if at == len(rooms):
-            room, row = capacity, len(rows)
-            rows.append([])
-        else:
-            room = rooms[at]
-            row = rows_by_room[room].pop()
-            if not rows_by_room[room]:
-                rooms.pop(at)
-        rows[row].append(index)
-        left = room - length
-        if left:
-            if not rows_by_room.setdefault(left, []):
-                insort(rooms, left)
-            rows_by_room[left].append(row)
-    return rows
+    for begin in range(0, len(order), _BLOCK):
+        for length in lengths[order[begin : begin + _BLOCK]].tolist():
+            at = bisect_left(rooms, length)
+            if at == len(rooms):
+                room, row = capacity, len(below)
+                below.append(-1)
+            else:
+                room = rooms[at]
+                row = top[room]
+                top[room] = below[row]
+                if top[room] < 0:
+                    rooms.pop(at)
+            row_of.append(row)
+            left = room - length
+            if left:
+                if top[left] < 0:
+                    insort(rooms, left)
+                below[row] = top[left]
+                top[left] = row
+    rows = np.frombuffer(row_of, np.int64) if row_of else np.zeros(0, np.int64)
+    # stable: a row's members stay in the order in which they came
+    members = order[np.argsort(rows, kind="stable")]
+    return members, np.cumsum(np.bincount(rows, minlength=len(below)))
+
+
+def _narrow(values: np.ndarray) -> np.ndarray:
+    """The same numbers (none negative) in 4 bytes each where they fit."""
+    return values.astype(np.int32) if values.max(initial=0) <= np.iinfo(np.int32).max else values

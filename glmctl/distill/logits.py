@@ -23,7 +23,6 @@ from glmctl.model.network import GlmMoe, RouterStats
 from glmctl.parallel.accelerate import make_accelerator
 from glmctl.recipe.schema import LogitDistillRecipe
 from glmctl.run.directory import Run, resolve_model
-from glmctl.run.signals import StopFlag
 from glmctl.training.schedule import lr_at
 from glmctl.training.session import Clock, Session, rate
 from glmctl.training.sft import encode
@@ -70,7 +69,7 @@ def _train(recipe: LogitDistillRecipe, session: Session, teacher: GlmMoe, batche
     rows = max(1, recipe.batch_tokens // recipe.sequence_length)
     micro_rows = rows if recipe.micro_tokens is None else max(1, recipe.micro_tokens // recipe.sequence_length)
     done = session.resume()
-    with StopFlag() as stop, console.progress(recipe.name, recipe.steps, start=done) as progress:
+    with session.stopping() as stop, console.progress(recipe.name, recipe.steps, start=done) as progress:
         for step in range(done + 1, recipe.steps + 1):
             clock = Clock()
             lr = lr_at(step / recipe.steps, recipe.schedule)

@@ -37,7 +37,6 @@ from glmctl.rl.rollout import MAX_SLOTS, rollout, rollout_engine
 from glmctl.rl.score import GREEDY, load_heldout, score_problems
 from glmctl.rl.seeds import derive_seed
 from glmctl.run.directory import Run, resolve_model
-from glmctl.run.signals import StopFlag
 from glmctl.training.schedule import lr_at
 from glmctl.training.session import Session
 from glmctl.training.step import Stepper
@@ -94,7 +93,7 @@ def _train(
         row = {f"{d.spec.name}_teacher": _accuracy(d.engine, template, d, recipe) for d in domains}
         session.run.metrics.append({"step": 0, **row, **_scores(student, template, domains, recipe)})
     sampling = Sampling(temperature=1.0, max_tokens=recipe.max_tokens)
-    with StopFlag() as stop, console.progress(recipe.name, recipe.steps, start=done) as progress:
+    with session.stopping() as stop, console.progress(recipe.name, recipe.steps, start=done) as progress:
         for step in range(done + 1, recipe.steps + 1):
             began = time.perf_counter()
             graded: list[Trajectory] = []

@@ -2,7 +2,7 @@
 
 Every operation lives in its own file, which registers a `reference` (plain torch, the definition) and any
 faster variants. `op(name, device, dtype)` returns the last registered variant that suits; tests hold all
-variants of an operation to its reference. After `compile_small(True, ...)` the operations that only read, compute and
+variants of an operation to its reference. Inside `compiled_small(True, ...)` the operations that only read, compute and
 write are their definitions as `torch.compile` makes them.
 """
 
@@ -101,16 +101,31 @@ def forced(op_name: str, name: str) -> Iterator[None]:
         _chosen.clear()
 
 
-def compile_small(wanted: bool, device: torch.device) -> None:
-    """Whether `SMALL` runs as torch.compile's kernels from now on, in the whole process.
+@contextmanager
+def compiled_small(wanted: bool, device: torch.device) -> Iterator[None]:
+    """`SMALL` as torch.compile's kernels inside the block, in the whole process; as before afterwards, however it ends.
 
     EnvironmentProblem when nothing can be compiled for `device` here (no C++ compiler, no Triton).
     """
     global _compiling
+    before = _compiling
     _chosen.clear()
     _compiling = wanted
-    if not wanted:
-        return
+    try:
+        if wanted:
+            _try_compiler(device)
+        yield
+    finally:
+        _compiling = before
+        _chosen.clear()
+
+
+def compiling_small() -> bool:
+    """Whether `compiled_small(True, ...)` holds now."""
+    return _compiling
+
+
+def _try_compiler(device: torch.device) -> None:
     import torch._dynamo.config
 
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
@@ -118,8 +133,6 @@ def compile_small(wanted: bool, device: torch.device) -> None:
         # a first one, so that a missing compiler is found before the run begins
         op("swiglu", device.type)(*torch.ones(2, 8, device=device))
     except Exception as problem:
-        _compiling = False
-        _chosen.clear()
         what = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
         raise EnvironmentProblem(
             f"compile: torch.compile cannot make kernels for {device.type} here: {what}", hint="set compile: false"

@@ -18,6 +18,13 @@ from glmctl.model.config import ModelConfig
 from glmctl.model.router import RouterStats
 
 
+class RowParts(NamedTuple):
+    """Rows of one stored matrix that belong to several logical ones: `sizes` rows of each in turn, `groups` times."""
+
+    groups: int
+    sizes: tuple[int, ...]
+
+
 class Pass(NamedTuple):
     """What all layers of one forward pass share."""
 
@@ -158,6 +165,13 @@ class LatentAttention(nn.Module):
         out_BTHv = form(plain_BTHn.to(dtype), turned_BTHr, stored_BT1k, shared.sight)
         result: Tensor = self.o_proj(out_BTHv.reshape(B, T, -1))
         return result
+
+    def row_parts(self) -> dict[str, RowParts]:
+        """By parameter: latent and rotated key; keys and values of every head."""
+        return {
+            "kv_a_proj_with_mqa.weight": RowParts(1, (self.rank, self.rotated_dim)),
+            "kv_b_proj.weight": RowParts(self.heads, (self.plain_dim, self.value_dim)),
+        }
 
     def _query(self, x_BTD: Tensor) -> Tensor:
         if not self.low_rank_query:

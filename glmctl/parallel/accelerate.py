@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +14,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from glmctl.errors import EnvironmentProblem, unknown
+
+PATIENCE = timedelta(hours=6)
+"""how long ranks wait for one that works alone; terabytes are hashed or written in that time"""
 
 
 def make_accelerator(
@@ -31,13 +36,28 @@ def make_accelerator(
     _check_trackers(trackers)
     # router biases are buffers that every rank moves alike from summed counts: nothing to broadcast
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if precision == "bf16" else "no",
         log_with=list(trackers) or None,
         project_dir=None if run_path is None else str(run_path),
         kwargs_handlers=[ddp],
     )
+    if accelerator.num_processes > 1:
+        # made here, where all ranks come at the same time: connecting has a timeout too
+        _patient_group()
+    return accelerator
+
+
+def wait_for_all(accelerator: Accelerator) -> None:
+    """Return when every rank has come here, however long one of them works alone first (up to PATIENCE).
+
+    Collectives of the default group give up after 10 (NCCL) or 30 minutes (gloo), less than it takes to verify or
+    write what is large. A rank that dies is noticed at once all the same: its connections close. RuntimeError then,
+    and when PATIENCE is over; on rank 0 it names the rank that has not come.
+    """
+    if accelerator.num_processes > 1:
+        torch.distributed.monitored_barrier(_patient_group(), timeout=PATIENCE)
 
 
 def share(count: int, accelerator: Accelerator) -> tuple[int, int]:
@@ -52,6 +72,12 @@ def sum_over_ranks(tensor: torch.Tensor, accelerator: Accelerator) -> torch.Tens
         return tensor
     total: torch.Tensor = accelerator.reduce(tensor.to(accelerator.device), reduction="sum")
     return total
+
+
+@functools.cache
+def _patient_group() -> Any:
+    """All ranks once more, over gloo, which every machine has and where a peer's death ends a wait."""
+    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def _check_trackers(trackers: Sequence[str]) -> None:

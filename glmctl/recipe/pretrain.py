@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from glmctl.model.config import ModelConfig
 from glmctl.recipe.presets import resolve_model
@@ -14,7 +14,9 @@ from glmctl.recipe.sections import CheckpointPolicy, MuonSpec, Optimizer, Recipe
 class Balance(Section):
     """Loss-free balancing plus the sequence-level loss (spec section 2)."""
 
-    bias_update_rate: float = Field(1e-3, ge=0.0)
+    bias_update_rate: float | None = Field(
+        None, ge=0.0, description="null = 1e-3, and 0 for softmax routers, which have no bias"
+    )
     until_tokens: int | None = Field(None, gt=0, description="rate is 0 from here on; null = never")
     center: bool = Field(False, description="subtract the mean of the signs (Moonlight's variant)")
     sequence_loss_weight: float = Field(1e-4, ge=0.0)
@@ -60,7 +62,7 @@ class PretrainRecipe(RecipeBase):
     batch: BatchRamp
     optimizer: Optimizer = MuonSpec()
     schedule: Schedule = Schedule()
-    balance: Balance = Balance()
+    balance: Balance = Field(Balance(), validate_default=True)
     mtp: MtpLoss = MtpLoss()
     grad_clip: float = Field(1.0, gt=0.0)
     z_weight: float = Field(0.0, ge=0.0, description="weight of the z-loss, log(Z)^2 of every target (PaLM); 0 = none")
@@ -85,6 +87,17 @@ class PretrainRecipe(RecipeBase):
     @classmethod
     def _preset(cls, value: Any) -> Any:
         return resolve_model(value)
+
+    @field_validator("balance")
+    @classmethod
+    def _bias_that_is_there(cls, value: Balance, info: ValidationInfo) -> Balance:
+        model = info.data.get("model")
+        biased = model is None or model.scoring_func == "sigmoid"
+        if value.bias_update_rate is None:
+            return value.model_copy(update={"bias_update_rate": 1e-3 if biased else 0.0})
+        if value.bias_update_rate > 0 and not biased:
+            raise ValueError("a softmax router has no selection bias: bias_update_rate must be 0 or left out")
+        return value
 
     @property
     def total_tokens(self) -> int:

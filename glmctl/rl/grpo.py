@@ -36,7 +36,6 @@ from glmctl.rl.sandbox.execute import sandbox
 from glmctl.rl.score import GREEDY, Score, load_heldout, score_problems
 from glmctl.rl.tasks import RUNS_CODE
 from glmctl.run.directory import Run, resolve_model
-from glmctl.run.signals import StopFlag
 from glmctl.training.schedule import lr_at
 from glmctl.training.session import Session
 
@@ -107,7 +106,7 @@ class Loop:
         self.actor.follow(self.version_before(done + 1))
         if done == 0:
             self.journal.evaluated(0, self.evaluate(), self.course.begin())
-        with StopFlag() as stop, live(recipe.name, recipe.steps, start=done) as show:
+        with self.session.stopping() as stop, live(recipe.name, recipe.steps, start=done) as show:
             for step in range(done + 1, recipe.steps + 1):
                 show(self.one(step))
                 self.session.end_step(step, recipe.steps, stop)

@@ -43,7 +43,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _fsync_folder(path.parent)
+        fsync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -160,6 +160,13 @@ def remove_stale(parent: Path) -> int:
     return removed
 
 
+def remove(folder: Path) -> None:
+    """Remove `folder` at once for whoever looks; `remove_stale` of its parent ends what a kill leaves of the work."""
+    doomed = _sibling(folder, "tmp")
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of the file's bytes."""
     with path.open("rb") as stream:
@@ -232,7 +239,7 @@ def _seal(folder: Path, known: Mapping[str, str]) -> None:
     manifest.write_bytes(_manifest(entries))
     _fsync_file(manifest)
     for inner in sorted(folders, reverse=True):
-        _fsync_folder(inner)
+        fsync_folder(inner)
 
 
 def _replace_folder(temporary: Path, folder: Path) -> None:
@@ -241,7 +248,7 @@ def _replace_folder(temporary: Path, folder: Path) -> None:
     if exists:
         os.rename(folder, aside)
     os.rename(temporary, folder)
-    _fsync_folder(folder.parent)
+    fsync_folder(folder.parent)
     if exists:
         shutil.rmtree(aside)
 
@@ -256,7 +263,8 @@ def _fsync_file(path: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def _fsync_folder(path: Path) -> None:
+def fsync_folder(path: Path) -> None:
+    """Return when the names in a folder are on the disk."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

@@ -10,12 +10,13 @@ from string import Template
 from typing import Any
 
 from glmctl.errors import DataError, unknown
+from glmctl.run.changes import differences
 from glmctl.run.charts import Point, Series, line_chart, smoothed
-from glmctl.run.directory import differences
 from glmctl.run.headline import figure, headline, words
-from glmctl.run.view import StageView, read_stage
+from glmctl.run.metrics import MetricsLog
+from glmctl.run.view import StageView, damaged, read_head, read_stage
 
-COLUMNS, ROWS = 72, 16
+MIN_COLUMNS, MAX_COLUMNS, ROWS, GAP = 36, 72, 16, 3
 """of the terminal chart, in characters; each holds 2 x 4 dots"""
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
@@ -28,6 +29,18 @@ def find_runs(root: Path) -> list[Path]:
         return []
     found = [status.parent for status in root.rglob("status.json") if (status.parent / "recipe.yaml").is_file()]
     return sorted(path for path in found if not any(".old-" in part for part in path.relative_to(root).parts))
+
+
+def overview(path: Path) -> tuple[StageView, int | None]:
+    """A run for the list, and the step of its last row of metrics: what costs the same however long the run is.
+
+    What cannot be read is the view's `error`; the other runs of a list are none the worse for it.
+    """
+    try:
+        view, last = read_head(path), MetricsLog(path / "metrics.jsonl").last()
+    except (DataError, OSError) as problem:
+        return damaged(path, str(problem)), None
+    return view, (last or {}).get("step")
 
 
 def open_run(name: str, root: Path) -> StageView:
@@ -67,25 +80,47 @@ def summary_rows(views: Sequence[StageView]) -> list[list[str]]:
     ]
 
 
-def terminal_chart(curves: Mapping[str, Sequence[Point]], *, x_label: str, y_label: str) -> str:
-    """The curves in braille dots, each in a frame of its own beside a common scale of x and y, one below another."""
+def terminal_chart(curves: Mapping[str, Sequence[Point]], *, x_label: str, y_label: str, width: int) -> str:
+    """The curves in braille dots, each in a frame of its own beside a common scale of x and y.
+
+    As many side by side as `width` columns of text allow at `MIN_COLUMNS` a frame, the rest below.
+    """
     points = [p for curve in curves.values() for p in curve]
-    x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
-    y_low, y_high = min(y for _, y in points), max(y for _, y in points)
-    parts = []
+    x_range, y_range = _range_of([x for x, _ in points]), _range_of([y for _, y in points])
+    labels = [f"{y_range[1]:.4g}", *[""] * (ROWS - 2), f"{y_range[0]:.4g}"]
+    margin = max(len(label) for label in labels) + 2
+    abreast = max(1, min(len(curves), (width + GAP) // (margin + MIN_COLUMNS + GAP)))
+    columns = max(MIN_COLUMNS, min(MAX_COLUMNS, (width + GAP) // abreast - GAP - margin))
+    panels = []
     for name, own in curves.items():
-        cells = [[0] * COLUMNS for _ in range(ROWS)]
-        for x, y in own:
-            column = _place(x, x_low, x_high, 2 * COLUMNS)
-            row = 4 * ROWS - 1 - _place(y, y_low, y_high, 4 * ROWS)
-            cells[row // 4][column // 2] |= _DOTS[row % 4][column % 2]
-        lines = ["".join(chr(0x2800 + bits) for bits in row) for row in cells]
-        labels = [f"{y_high:.4g}", *[""] * (ROWS - 2), f"{y_low:.4g}"]
-        width = max(len(label) for label in labels)
-        drawn = [f"{label:>{width}} |{line}" for label, line in zip(labels, lines, strict=True)]
-        foot = f"{'':>{width}}  {x_low:<{COLUMNS // 2}.6g}{x_high:>{COLUMNS // 2}.6g}"
-        parts.append("\n".join([f"{name}: {y_label} over {x_label}, last {own[-1][1]:.4g}", *drawn, foot]))
-    return "\n\n".join(parts)
+        dots = _dots(own, x_range, y_range, columns)
+        drawn = [f"{label:>{margin - 2}} |{line}" for label, line in zip(labels, dots, strict=True)]
+        foot = f"{'':>{margin}}{x_range[0]:<{columns // 2}.6g}{x_range[1]:>{columns - columns // 2}.6g}"
+        # in full where it is alone, however long
+        head = f"{name}: {y_label} over {x_label}, last {own[-1][1]:.4g}"
+        panels.append([head if abreast == 1 else _shortened(head, margin + columns), *drawn, foot])
+    blocks = []
+    for first in range(0, len(panels), abreast):
+        rows = zip(*panels[first : first + abreast], strict=True)
+        blocks.append("\n".join((" " * GAP).join(f"{x:<{margin + columns}}" for x in row).rstrip(" ") for row in rows))
+    return "\n\n".join(blocks)
+
+
+def _dots(curve: Sequence[Point], x_range: Point, y_range: Point, columns: int) -> list[str]:
+    cells = [[0] * columns for _ in range(ROWS)]
+    for x, y in curve:
+        column = _place(x, *x_range, 2 * columns)
+        row = 4 * ROWS - 1 - _place(y, *y_range, 4 * ROWS)
+        cells[row // 4][column // 2] |= _DOTS[row % 4][column % 2]
+    return ["".join(chr(0x2800 + bits) for bits in row) for row in cells]
+
+
+def _range_of(values: Sequence[float]) -> Point:
+    return min(values), max(values)
+
+
+def _shortened(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def html_page(views: Sequence[StageView], curves: Mapping[str, Sequence[Point]], metric: str, x: str) -> str:

@@ -3,7 +3,7 @@
     recipe.yaml    the resolved recipe          status.json   state, summary, active seconds
     env.json       versions it was made with    metrics.jsonl one row a step
     checkpoints/   for resuming                 export/       what later stages use
-    samples.jsonl  generated text
+    samples.jsonl  generated text               changes.jsonl what changed in the recipe, and after which step
 
 Under torchrun only rank 0 locks and writes; the other ranks see the same paths and write nothing.
 """
@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from glmctl import __version__, console
 from glmctl.errors import DataError, RecipeError
 from glmctl.recipe.schema import RecipeBase
 from glmctl.run import atomic
+from glmctl.run.changes import Change, completed, differences
 from glmctl.run.fingerprint import digest
 from glmctl.run.metrics import MetricsLog, finite
 
@@ -56,6 +58,9 @@ class Run:
     def open(cls, recipe: RecipeBase, path: Path, *, fresh: bool = False) -> Run:
         """Create the run at `path`, or take up the one that is there with the same recipe.
 
+        An unfinished run is also taken up by a recipe that differs in nothing but `changes.FREE`; each change is said
+        and kept in changes.jsonl, and recipe.yaml is the new one.
+
         Args:
             fresh: move what is there aside to `<name>.old-<n>` and start again.
 
@@ -72,15 +77,15 @@ class Run:
             raise RecipeError(f"{path}: is a file, not a run directory")
         with atomic.machine_errors(path):
             if fresh:
-                _move_aside(path)
+                move_aside(path)
             path.mkdir(parents=True, exist_ok=True)
             lock = atomic.acquire_lock(path / ".lock")
             try:
-                resumed = _check_recipe(recipe, path)
+                changes = _check_recipe(recipe, path)
                 for folder in (path, path / "checkpoints"):
                     atomic.remove_stale(folder)
-                run = cls(recipe, path, resumed=resumed, writer=True, lock=lock)
-                run._describe()
+                run = cls(recipe, path, resumed=changes is not None, writer=True, lock=lock)
+                run._describe(changes or [])
             except BaseException:
                 os.close(lock)
                 raise
@@ -142,15 +147,28 @@ class Run:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _describe(self) -> None:
-        """Write recipe.yaml and env.json (unless it is a resumed run's) and the status."""
+    def _describe(self, changes: list[Change]) -> None:
+        """Write env.json (of a new run), recipe.yaml (unless it is a resumed run's, unchanged) and the status."""
+        if changes:
+            self._record(changes)
         if not self.resumed:
-            text = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
             atomic.write_json(self.path / "env.json", environment())
+        if changes or not self.resumed:
+            text = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
             # last: from here on the directory counts as a run
             atomic.write_text(self.path / "recipe.yaml", text)
         if not self.finished:
             self._write_status("running", {})
+
+    def _record(self, changes: list[Change]) -> None:
+        """Say what the run is continued with and add it to changes.jsonl; a kill before recipe.yaml says it again."""
+        after = max(saved_steps(self.path), default=0)
+        log = MetricsLog(self.path / "changes.jsonl")
+        rows = log.rows()
+        for one in changes:
+            console.note(f"{self.path}: goes on after step {after} with {one}")
+            rows.append({"after_step": after, "key": one.key, "old": one.old, "new": one.new})
+        atomic.write_text(log.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def _write_status(self, state: State, summary: dict[str, Any], *, error: str | None = None) -> None:
         body: dict[str, Any] = {
@@ -240,10 +258,28 @@ def resolve_artifact(path: str | Path, marker: str, what: str) -> Path:
     raise DataError(f"{given}: no {marker} in it or in its export, so this is not a {what}")
 
 
-def _check_recipe(recipe: RecipeBase, path: Path) -> bool:
-    """True when `path` holds a run of the same recipe, False when it is empty; RecipeError otherwise."""
+def saved_steps(path: Path) -> list[int]:
+    """Steps that the run at `path` has a checkpoint of, in no order."""
+    found = (re.fullmatch(r"step-(\d+)", entry.name) for entry in (path / "checkpoints").glob("step-*"))
+    return [int(match[1]) for match in found if match is not None]
+
+
+def changes_since(path: Path, recipe: RecipeBase) -> list[Change]:
+    """How `recipe` differs from the one that the run at `path` has; DataError when that is not readable."""
     file = path / "recipe.yaml"
-    if not file.is_file():
+    try:
+        old = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: not a recipe: {error}") from error
+    return differences(completed(old, type(recipe)), recipe.model_dump(mode="json"))
+
+
+def _check_recipe(recipe: RecipeBase, path: Path) -> list[Change] | None:
+    """What changed in the recipe of the run at `path` that `recipe` may continue; None when there is no run yet.
+
+    RecipeError when it is another recipe's run, or no run at all.
+    """
+    if not (path / "recipe.yaml").is_file():
         ours = {".lock", "env.json"}
         others = sorted(e.name for e in path.iterdir() if e.name not in ours and not e.name.startswith("."))
         if others:
@@ -251,38 +287,20 @@ def _check_recipe(recipe: RecipeBase, path: Path) -> bool:
                 f"{path}: not a run directory (it holds '{others[0]}' and no recipe.yaml)",
                 hint="choose another folder with --run",
             )
-        return False
-    try:
-        old = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: not a recipe: {error}") from error
-    new = recipe.model_dump(mode="json")
-    found = differences(old, new)
-    if found:
-        shown = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+        return None
+    found = changes_since(path, recipe)
+    finished = read_status(path).get("state") == "finished"
+    refused = [one for one in found if finished or not one.free]
+    if refused:
+        shown = "; ".join(map(str, refused[:3])) + (f"; and {len(refused) - 3} more" if len(refused) > 3 else "")
         raise RecipeError(
             f"{path}: holds a run of another recipe: {shown}",
             hint="--fresh moves it aside and starts again; --run names another folder",
         )
-    return True
+    return found
 
 
-def differences(old: Any, new: Any, key: str = "") -> list[str]:
-    """`key: old -> new` for every value that differs between two plain recipes; the top-level name is not one."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        names = [name for name in dict.fromkeys([*old, *new]) if key or name != "name"]
-        return [line for n in names for line in differences(old.get(n, "absent"), new.get(n, "absent"), f"{key}.{n}")]
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{key}.{i}")]
-    return [] if old == new else [f"{key.lstrip('.') or 'recipe'}: {_short(old)} -> {_short(new)}"]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:59] + "…"
-
-
-def _move_aside(path: Path) -> None:
+def move_aside(path: Path) -> None:
     """Rename an existing run to `<name>.old-<n>`, unless another process holds it."""
     if not path.is_dir() or not any(path.iterdir()):
         return

@@ -12,6 +12,9 @@ from typing import Any
 from glmctl.errors import DataError
 from glmctl.run import atomic
 
+_TAIL = 1 << 16
+"""bytes from the end in which the last row is looked for first"""
+
 
 class MetricsLog:
     """Rows of a JSON-lines file. With `writable` False (every rank but the first) `append` and `truncate` do nothing.
@@ -42,14 +45,41 @@ class MetricsLog:
         lines = self.path.read_bytes().split(b"\n")
         found = []
         for number, line in enumerate(lines[:-1], start=1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{self.path}:{number}: not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{self.path}:{number}: not an object")
-            found.append(row)
+            found.append(self._row(line, f"{self.path}:{number}"))
         return found
+
+    def last(self) -> dict[str, Any] | None:
+        """The last complete row, found from the file's end; None when there is none. DataError as `rows`."""
+        if not self.path.is_file():
+            return None
+        with self.path.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            tail = _TAIL
+            while True:
+                stream.seek(max(0, size - tail))
+                lines = stream.read().split(b"\n")[:-1]
+                # in a part of the file the first line may have begun before it
+                if len(lines) > 1 or (lines and tail >= size):
+                    return self._row(lines[-1], f"{self.path}: last line")
+                if tail >= size:
+                    return None
+                tail *= 8
+
+    def sync(self) -> None:
+        """Return when every row is on the disk: what is written after this may count on them."""
+        if self.writable and self.path.is_file():
+            with atomic.machine_errors(self.path), self.path.open("rb") as stream:
+                os.fsync(stream.fileno())
+                atomic.fsync_folder(self.path.parent)
+
+    def _row(self, line: bytes, where: str) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{where}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: not an object")
+        return row
 
     def truncate(self, key: str, after: int) -> None:
         """Drop the rows whose `key` is above `after`: steps that were not in the checkpoint that is resumed."""

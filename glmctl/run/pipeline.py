@@ -3,13 +3,14 @@
 A stage is up to date when its run is finished and everything it was made from is the same: its recipe, the outputs
 of the stages it names with `${stage}`, the files its recipe names, and the version of glmctl. What each stage was
 made from stands in `<root>/pipeline.json`, written before the stage starts, so a kill at any moment loses nothing.
+A stage that was cut off goes on even when its recipe has changed in what `changes.FREE` lists; where it has to start
+again, what was cut off is moved aside if it has checkpoints.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ from glmctl import __version__, console
 from glmctl.errors import DataError, RecipeError, unknown
 from glmctl.recipe.schema import PipelineRecipe, RecipeBase
 from glmctl.run import atomic
-from glmctl.run.directory import read_status, recipe_hash
-from glmctl.run.fingerprint import digest, input_files, outputs
+from glmctl.run.changes import Change, completed, differences
+from glmctl.run.directory import changes_since, move_aside, read_status, saved_steps
+from glmctl.run.fingerprint import input_files, outputs
 from glmctl.run.headline import figure, headline, sentence, words
 from glmctl.run.report import report
 
@@ -84,13 +86,16 @@ class State:
 
 
 def run_pipeline(
-    recipe: PipelineRecipe, root: Path, load: Load, execute: Execute, fresh: bool = False
+    recipe: PipelineRecipe, root: Path, load: Load, execute: Execute, fresh: bool = False, *, mixed: bool = True
 ) -> dict[str, Any]:
     """Bring every stage under `root/<stage>/` up to date and return what also stands in `root/summary.json`.
 
     `load(name_or_path, overrides)` gives a resolved recipe, `execute(recipe, path, fresh=...)` runs or resumes one
-    stage and returns its summary. `fresh` runs every stage again. Raises RecipeError for an unknown or later
-    `${stage}` before anything runs, and lets a stage's own error through: the next call continues there.
+    stage and returns its summary. `fresh` runs every stage again. Without `mixed` no stage is continued under another
+    recipe than it began with, whatever differs: for figures that are to be of one setting.
+
+    Raises RecipeError for an unknown or later `${stage}` before anything runs, and lets a stage's own error through:
+    the next call continues there.
     """
     stages = resolve(recipe, root, load)
     with atomic.machine_errors(root):
@@ -100,11 +105,11 @@ def run_pipeline(
         state = State(root)
         if fresh:
             state.forget_all()
-        plan = foresee(stages, state)
+        plan = foresee(stages, state, mixed)
         _show_plan(recipe, root, stages, plan)
         ran = 0
         for index, stage in enumerate(stages):
-            if _advance(stage, index, stages, state, execute):
+            if _advance(stage, index, stages, state, execute, mixed):
                 ran += 1
                 report(root)
         summary = summarise(recipe, root, stages)
@@ -166,15 +171,15 @@ def summarise(recipe: PipelineRecipe, root: Path, stages: list[Stage]) -> dict[s
 def basis(stage: Stage, state: State) -> dict[str, Any]:
     """What the stage is made from. Stages it needs count by the digest of their outputs."""
     return {
-        "recipe": digest({k: v for k, v in stage.template.items() if k != "name"}),
+        "recipe": stage.template,
         "glmctl": __version__,
         "files": input_files(stage.template),
         "stages": {name: state.stages.get(name, {}).get("outputs") for name in stage.needs},
     }
 
 
-def decide(stage: Stage, state: State) -> Decision:
-    """Compare what the stage would be made from now with what it was made from."""
+def decide(stage: Stage, state: State, mixed: bool = True) -> Decision:
+    """Compare what the stage would be made from now with what it was made from; `mixed` as in `run_pipeline`."""
     entry = state.stages.get(stage.name)
     status = read_status(stage.path)
     if not status:
@@ -183,24 +188,30 @@ def decide(stage: Stage, state: State) -> Decision:
         return Decision("run", "")
     if entry is None:
         return Decision("again", state.forgotten)
+    unfinished = status.get("state") != "finished"
+    changes = differences(completed(entry["basis"]["recipe"], type(stage.recipe)), stage.template)
+    if not _may_go_on(changes, mixed and unfinished):
+        return Decision("again", "its recipe changed")
     why = difference(entry["basis"], basis(stage, state))
     if why:
         return Decision("again", why)
-    if status.get("state") != "finished":
-        if status.get("recipe_hash") != recipe_hash(stage.recipe):
+    if unfinished:
+        if not _may_go_on(changes_since(stage.path, stage.recipe), mixed):
             # the same basis but for where the pipeline lies: the run would refuse to go on
             return Decision("again", "it was cut off, then moved")
-        return Decision("resume", f"was {status.get('state', 'cut off')}")
+        return Decision("resume", f"with {changes[0]}" if changes else f"was {status.get('state', 'cut off')}")
     made = outputs(stage.path)
     if made is None or (entry.get("outputs") is not None and made != entry["outputs"]):
         return Decision("again", "its outputs were changed or removed")
     return Decision("skip", "")
 
 
+def _may_go_on(changes: list[Change], mixed: bool) -> bool:
+    return all(mixed and one.free for one in changes)
+
+
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """In words, the first thing that is not the same, or None."""
-    if old["recipe"] != new["recipe"]:
-        return "its recipe changed"
+    """In words, the first thing beside the recipe that is not the same, or None."""
     if old["glmctl"] != new["glmctl"]:
         return f"made by glmctl {old['glmctl']}"
     for what, label in (("stages", "stage"), ("files", "input")):
@@ -210,11 +221,11 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     return None
 
 
-def foresee(stages: list[Stage], state: State) -> list[Decision]:
+def foresee(stages: list[Stage], state: State, mixed: bool = True) -> list[Decision]:
     """`decide` for every stage, as far as it can be known before the earlier ones have run."""
     plan: dict[str, Decision] = {}
     for stage in stages:
-        decision = decide(stage, state)
+        decision = decide(stage, state, mixed)
         moving = [name for name in stage.needs if plan[name].action != "skip"]
         if moving and decision.action in ("skip", "resume"):
             decision = Decision("check", f"after '{moving[0]}'")
@@ -225,9 +236,9 @@ def foresee(stages: list[Stage], state: State) -> list[Decision]:
 # ----------------------------------------------------------------------------- doing
 
 
-def _advance(stage: Stage, index: int, stages: list[Stage], state: State, execute: Execute) -> bool:
+def _advance(stage: Stage, index: int, stages: list[Stage], state: State, execute: Execute, mixed: bool) -> bool:
     """Bring one stage up to date; True when something had to run."""
-    decision = decide(stage, state)
+    decision = decide(stage, state, mixed)
     head = f"[{index + 1}/{len(stages)}] {stage.name}"
     if decision.action == "skip":
         if state.stages[stage.name].get("outputs") is None:
@@ -238,8 +249,7 @@ def _advance(stage: Stage, index: int, stages: list[Stage], state: State, execut
     if decision.action == "again":
         # forgotten first: were this killed half-way, the rest of the folder must not pass for a run of the old recipe
         state.put(stage.name, None)
-        with atomic.machine_errors(stage.path), atomic.locked(stage.path / ".lock"):
-            shutil.rmtree(stage.path)
+        _clear(stage.path)
     verb = "resuming" if decision.action == "resume" else "running"
     console.note(f"{head}: {verb} {stage.kind} ({stage.recipe_name})")
     state.put(stage.name, {"basis": made_from, "outputs": None})
@@ -249,6 +259,16 @@ def _advance(stage: Stage, index: int, stages: list[Stage], state: State, execut
     figures = sentence(stage.kind, summary)
     console.note(f"{head}: done in {console.duration(seconds)}{'; ' + figures if figures else ''}")
     return True
+
+
+def _clear(path: Path) -> None:
+    """Make room for a stage that starts again; what an unfinished one has trained is kept aside."""
+    with atomic.machine_errors(path):
+        if read_status(path).get("state") != "finished" and saved_steps(path):
+            move_aside(path)
+            return
+        with atomic.locked(path / ".lock"):
+            atomic.remove(path)
 
 
 def _show_plan(recipe: PipelineRecipe, root: Path, stages: list[Stage], plan: list[Decision]) -> None:

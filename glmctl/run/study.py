@@ -39,7 +39,7 @@ def run_study(recipe: StudyRecipe, root: Path, load: Load, execute: Execute, fre
             trials[arm].append(_tried(recipe, arm, place, root, load, execute, fresh))
             fresh = False
         places[arm] = _best(recipe, arm, trials[arm])
-    stages = run_pipeline(pipeline_of(recipe, places), root, load, execute, fresh=fresh)["stages"]
+    stages = run_pipeline(pipeline_of(recipe, places), root, load, execute, fresh=fresh, mixed=False)["stages"]
     outcome = Outcome(collect(recipe, stages, places), trials, places, _curves(recipe, stages, places))
     body = outcome.as_json(recipe)
     atomic.write_json(root / "study.json", body)
@@ -96,7 +96,8 @@ def _tried(recipe: StudyRecipe, arm: str, place: int, root: Path, load: Load, ex
     stages = [*recipe.before, *_repeated(recipe, arm, seed, place)]
     console.note(f"{recipe.name}: arm '{arm}' tries {setting_words(setting)}")
     try:
-        ran = run_pipeline(PipelineRecipe(name=recipe.name, stages=stages), root, load, execute, fresh=fresh)["stages"]
+        pipeline = PipelineRecipe(name=recipe.name, stages=stages)
+        ran = run_pipeline(pipeline, root, load, execute, fresh=fresh, mixed=False)["stages"]
     except DivergedError as error:
         console.warn(f"{recipe.name}: arm '{arm}' with {setting_words(setting)}: {error.message}")
         return Trial(setting, None)

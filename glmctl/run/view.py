@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 
@@ -28,6 +28,8 @@ class StageView:
     rows: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     env: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+    """why it cannot be read, where it cannot"""
 
 
 def collect(root: Path) -> list[StageView]:
@@ -45,31 +47,63 @@ def collect(root: Path) -> list[StageView]:
 
 
 def read_stage(path: Path) -> StageView:
-    """One run directory; missing files are empty."""
+    """One run directory; missing files are empty. DataError names a file that is damaged."""
+    view = read_head(path)
+    view.rows = MetricsLog(path / "metrics.jsonl").rows()
+    view.samples = list(_json_lines(path / "samples.jsonl"))
+    view.env = read_json(path / "env.json")
+    return view
+
+
+def read_head(path: Path) -> StageView:
+    """The same without what grows with the run: rows, samples and environment are left empty."""
     status = read_json(path / "status.json")
-    recipe_file = path / "recipe.yaml"
-    recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8")) if recipe_file.is_file() else {}
+    recipe = _read_recipe(path / "recipe.yaml")
+    summary = status.get("summary") or {}
+    seconds = status.get("seconds", 0.0)
+    if not isinstance(summary, dict) or not isinstance(seconds, int | float):
+        raise DataError(f"{path / 'status.json'}: not the status of a run")
     return StageView(
         name=path.name,
         path=path,
         kind=str(recipe.get("type", "")),
         recipe=recipe,
         state=str(status.get("state", "unknown")),
-        seconds=float(status.get("seconds", 0.0)),
-        summary=status.get("summary") or {},
-        rows=MetricsLog(path / "metrics.jsonl").rows() if (path / "metrics.jsonl").is_file() else [],
-        samples=list(_json_lines(path / "samples.jsonl")),
-        env=read_json(path / "env.json"),
+        seconds=float(seconds),
+        summary=summary,
+    )
+
+
+def damaged(path: Path, reason: str) -> StageView:
+    """What is shown of a run that cannot be read: `error` says why."""
+    return StageView(
+        name=path.name, path=path, kind="", recipe={}, state="damaged", seconds=0.0, summary={}, error=reason
     )
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} where there is none. DataError when it is something else."""
     if not path.is_file():
         return {}
     try:
-        return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
+        body = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path}: not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise DataError(f"{path}: not an object")
+    return body
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        body = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a recipe: {error}") from error
+    if not isinstance(body, dict):
+        raise DataError(f"{path}: not a recipe: it holds no keys")
+    return body
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -1,16 +1,17 @@
 """Muon for the matrices, AdamW for the rest (GLM-4.5 report section 2.4; Moonlight, arXiv 2502.16982).
 
-Muon orthogonalises the momentum of each *logical* matrix: q, k, v and o apart, gate and up apart, each expert
-apart. All matrices of one shape, from all layers, go through Newton-Schulz in one batch; a matrix that is higher
-than wide travels transposed, so that gate, up and down of an expert share a batch too.
+Muon orthogonalises the momentum of each *logical* matrix: q, k, v and o apart, gate and up apart, each expert apart,
+and where MLA stores two in one parameter, those apart. All matrices of one shape, from all layers, go through
+Newton-Schulz in one batch; a matrix that is higher than wide travels transposed, so that gate, up and down of an expert
+share a batch too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.optim.adamw import adamw
 
 from glmctl.errors import DataError
 from glmctl.kernels.newton_schulz import newton_schulz
+from glmctl.model.projections import LatentAttention, RowParts
 from glmctl.recipe.schema import AdamWSpec, MuonSpec
 
 BATCH_ELEMENTS = 1 << 24
@@ -34,12 +36,14 @@ class MuonGroup:
     named: dict[str, nn.Parameter]
     spec: MuonSpec
     lr: float
+    rows: Mapping[str, RowParts] = field(default_factory=dict)
+    """how the rows of a parameter are shared out, where it holds several logical matrices"""
     momenta: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def step(self) -> None:
         """M <- mu M + G; O = NewtonSchulz(mu M + G); W <- W - lr (rms sqrt(max(A, B)) O + wd W)."""
-        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        by_shape: dict[tuple[int, int], list[_Pair]] = {}
         names = [name for name, parameter in self.named.items() if parameter.grad is not None]
         if not names:
             return
@@ -51,21 +55,24 @@ class MuonGroup:
         inputs = torch._foreach_add(gradients, torch._foreach_mul(momenta, self.spec.momentum))
         torch._foreach_mul_([self.named[name] for name in names], 1.0 - self.lr * self.spec.weight_decay)
         for name, direction in zip(names, inputs, strict=True):
-            target_nAB = _matrices(name, self.named[name])
-            shape = target_nAB.shape[-2:]
-            tall = shape[0] > shape[1]
-            pair = (target_nAB.mT, _matrices(name, direction).mT) if tall else (target_nAB, _matrices(name, direction))
-            by_shape.setdefault((min(shape), max(shape)), []).append(pair)
+            parts = (logical_matrices(name, tensor, self.rows.get(name)) for tensor in (self.named[name], direction))
+            for target, part in zip(*parts, strict=True):
+                direction_nAB = part.flatten(1, -2)
+                shape = direction_nAB.shape[-2:]
+                tall = shape[0] > shape[1]
+                pair = _Pair(target, direction_nAB.mT if tall else direction_nAB, tall)
+                by_shape.setdefault((min(shape), max(shape)), []).append(pair)
         for (A, B), pairs in by_shape.items():
             for chunk in _chunks(pairs, A * B):
                 self._apply(chunk, self.spec.update_rms * math.sqrt(max(A, B)))
 
-    def _apply(self, pairs: list[tuple[Tensor, Tensor]], scale: float) -> None:
-        stacked_nAB = torch.cat([direction for _, direction in pairs])
+    def _apply(self, pairs: list[_Pair], scale: float) -> None:
+        stacked_nAB = torch.cat([pair.direction_nAB for pair in pairs])
         orthogonal_nAB = newton_schulz(stacked_nAB, self.spec.ns_steps)
-        sizes = [target.shape[0] for target, _ in pairs]
-        for (target, _), update in zip(pairs, torch.split(orthogonal_nAB, sizes), strict=True):
-            target.add_(update, alpha=-self.lr * scale)
+        sizes = [len(pair.target) for pair in pairs]
+        for pair, update in zip(pairs, torch.split(orthogonal_nAB, sizes), strict=True):
+            upright = update.mT if pair.tall else update
+            pair.target.add_(upright.reshape(pair.target.shape), alpha=-self.lr * scale)
 
     def _momentum(self, name: str) -> Tensor:
         if name not in self.momenta:
@@ -150,7 +157,7 @@ class MixedOptimizer:
         if isinstance(spec, MuonSpec):
             matrices = {name: p for name, p in self.named.items() if uses_muon(name, p, spec)}
             rest = {name: p for name, p in self.named.items() if name not in matrices}
-            self.muon = MuonGroup(matrices, spec, lr)
+            self.muon = MuonGroup(matrices, spec, lr, _row_parts(model))
         self.adamw = AdamWGroup(rest, _decayed(rest, spec), spec, lr)
 
     def set_lr(self, lr: float) -> None:
@@ -238,26 +245,47 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return parameter.grad
 
 
-def _matrices(name: str, tensor: Tensor) -> Tensor:
-    """The logical matrices of a parameter as a view [n, A, B]."""
+class _Pair(NamedTuple):
+    """Matrices of one shape, and what moves them; `tall`: the direction travels transposed."""
+
+    target: Tensor
+    """[n, A, B], or [1, groups, rows, B] where the rows of another matrix lie between"""
+    direction_nAB: Tensor
+    tall: bool
+
+
+def logical_matrices(name: str, tensor: Tensor, rows: RowParts | None = None) -> list[Tensor]:
+    """The logical matrices of a parameter as views [n, A, B]; with `rows`, each as [1, groups, rows, B]."""
+    if rows is not None:
+        grouped = tensor.view(1, rows.groups, sum(rows.sizes), -1)
+        return list(torch.split(grouped, list(rows.sizes), dim=2))
     if tensor.dim() == 2:
-        return tensor.unsqueeze(0)
+        return [tensor.unsqueeze(0)]
     if name.endswith("gate_up_proj"):
         E, twice, D = tensor.shape
-        return tensor.view(E * 2, twice // 2, D)
-    return tensor
+        return [tensor.view(E * 2, twice // 2, D)]
+    return [tensor]
 
 
-def _chunks(pairs: list[tuple[Tensor, Tensor]], elements: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def _row_parts(model: HasNamedParameters) -> dict[str, RowParts]:
+    if not isinstance(model, nn.Module):
+        return {}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LatentAttention)}
+    return {f"{name}.{own}": rows for name, layer in layers.items() for own, rows in layer.row_parts().items()}
+
+
+def _chunks(pairs: list[_Pair], elements: int) -> Iterator[list[_Pair]]:
     """`pairs` in runs of at most BATCH_ELEMENTS elements (or one matrix); a long stack of experts is cut too."""
     most = max(1, BATCH_ELEMENTS // elements)
-    chunk: list[tuple[Tensor, Tensor]] = []
+    chunk: list[_Pair] = []
     count = 0
-    for target, direction in pairs:
-        for part in zip(torch.split(target, most), torch.split(direction, most), strict=True):
-            if count + part[0].shape[0] > most:
+    for pair in pairs:
+        for target, direction in zip(
+            torch.split(pair.target, most), torch.split(pair.direction_nAB, most), strict=True
+        ):
+            if count + len(target) > most:
                 yield chunk
                 chunk, count = [], 0
-            chunk.append(part)
-            count += part[0].shape[0]
+            chunk.append(_Pair(target, direction, pair.tall))
+            count += len(target)
     yield chunk

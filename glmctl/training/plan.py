@@ -68,5 +68,6 @@ def _mtp_weight(tokens: int, recipe: PretrainRecipe) -> float:
 
 
 def _bias_rate(tokens: int, recipe: PretrainRecipe) -> float:
-    until = recipe.balance.until_tokens
-    return recipe.balance.bias_update_rate if until is None or tokens < until else 0.0
+    until, rate = recipe.balance.until_tokens, recipe.balance.bias_update_rate
+    assert rate is not None, "resolved with the recipe"
+    return rate if until is None or tokens < until else 0.0

@@ -17,13 +17,12 @@ from glmctl.data.prepare import unigram_entropy
 from glmctl.data.shards import INDEX, TokenShards
 from glmctl.data.tokenizer import Tokenizer
 from glmctl.errors import RecipeError
-from glmctl.kernels.registry import compile_small
+from glmctl.kernels.registry import compiled_small
 from glmctl.model.config import ModelConfig
 from glmctl.model.network import GlmMoe
-from glmctl.parallel.accelerate import make_accelerator, share, sum_over_ranks
+from glmctl.parallel.accelerate import make_accelerator, share, sum_over_ranks, wait_for_all
 from glmctl.recipe.schema import PretrainRecipe
 from glmctl.run.directory import Run, resolve_tokenizer
-from glmctl.run.signals import StopFlag
 from glmctl.training.balance import max_vio
 from glmctl.training.ceiling import flops_per_token, matmul_ceiling
 from glmctl.training.loss import main_loss
@@ -47,6 +46,12 @@ def run(recipe: PretrainRecipe, run: Run) -> dict[str, Any]:
         Interrupted: a signal came; the state is saved.
     """
     accelerator = make_accelerator(recipe.precision, recipe.trackers, run.path)
+    # the stages of a pipeline share a process, and only this one asked for it
+    with compiled_small(recipe.compile, accelerator.device):
+        return _train(recipe, run, accelerator)
+
+
+def _train(recipe: PretrainRecipe, run: Run, accelerator: Accelerator) -> dict[str, Any]:
     tokenizer_folder = resolve_tokenizer(recipe.tokenizer)
     tokenizer = Tokenizer.load(tokenizer_folder)
     stages = open_stages(recipe, tokenizer)
@@ -62,7 +67,6 @@ def run(recipe: PretrainRecipe, run: Run) -> dict[str, Any]:
         spike_factor=recipe.spike_factor,
     )
     model.recompute = recipe.recompute
-    compile_small(recipe.compile, accelerator.device)
     plan = plan_steps(recipe)
     prompts = [(text, tokenizer.encode_plain(text)) for text in recipe.sample_prompts]
 
@@ -72,13 +76,14 @@ def run(recipe: PretrainRecipe, run: Run) -> dict[str, Any]:
         _say_epochs(recipe, stages)
         if recipe.verify_data and run.writer:
             verify_data(recipe)
-        accelerator.wait_for_everyone()
+        wait_for_all(accelerator)
         model.set_rope_theta(stages[0].rope_theta)
         session.sample(0, prompts, tokenizer, stage="start")
-    with StopFlag() as stop, console.progress(recipe.name, len(plan), start=done) as progress:
+    with session.stopping() as stop, console.progress(recipe.name, len(plan), start=done) as progress:
         for step in plan[done:]:
             stage = stages[step.stage]
             model.set_rope_theta(stage.rope_theta)
+            session.stepper.guard.enter(step.stage)
             clock = Clock()
             batches, idle = stage.micro_batches(step, accelerator, recipe.batch.micro_tokens)
             metrics = session.stepper.lm_step(
@@ -103,10 +108,10 @@ def run(recipe: PretrainRecipe, run: Run) -> dict[str, Any]:
             row["mfu"] = row["tokens_per_second"] * stage.flops_per_token(model.config, step) / ceiling
             if step.ends_stage or step.number % recipe.validation.every_steps == 0:
                 row["validation_loss"] = stage.validation_loss(model, accelerator, recipe.batch.micro_tokens)
-            if step.ends_stage:
                 row |= stage.domain_losses(model, accelerator, recipe.batch.micro_tokens)
             session.log(step.number, len(plan), metrics, row)
             if step.ends_stage:
+                stage.batches.forget()
                 session.sample(step.number, prompts, tokenizer, stage=stage.name)
                 if stage.export:
                     session.publish(tokenizer_folder, run.path / "stages" / stage.name)
@@ -233,9 +238,10 @@ def verify_data(recipe: PretrainRecipe) -> None:
 def _say_epochs(recipe: PretrainRecipe, stages: list[StageData]) -> None:
     """A stage that is longer than its data reads it again: said, since nothing else would show it."""
     for spec, stage in zip(recipe.stages, stages, strict=True):
-        epochs = spec.tokens / (stage.batches.sequences_per_epoch * stage.sequence_length)
+        # how many rows best_fit makes of them is known when it has
+        epochs = spec.tokens / stage.batches.total_tokens
         if epochs > 1:
-            console.note(f"stage {stage.name}: {spec.tokens:,} tokens are {epochs:.1f} epochs of its data")
+            console.note(f"stage {stage.name}: {spec.tokens:,} tokens are about {epochs:.1f} epochs of its data")
 
 
 def model_config(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

@@ -31,7 +31,6 @@ from glmctl.model.tensor_file import TensorFile, write_tensors
 from glmctl.parallel.accelerate import make_accelerator
 from glmctl.recipe.schema import RewardRecipe
 from glmctl.run.directory import Run, resolve_model
-from glmctl.run.signals import StopFlag
 from glmctl.training.schedule import lr_at
 from glmctl.training.session import Clock, Session, rate
 from glmctl.training.step import StepMetrics
@@ -84,7 +83,7 @@ def _train(recipe: RewardRecipe, session: Session, pairs: Sequence[Pair], heldou
     model = session.model
     done = session.resume()
     start = accuracy(model, heldout) if done == 0 else None
-    with StopFlag() as stop, console.progress(recipe.name, recipe.steps, start=done) as progress:
+    with session.stopping() as stop, console.progress(recipe.name, recipe.steps, start=done) as progress:
         for step in range(done + 1, recipe.steps + 1):
             clock = Clock()
             chosen = pairs_of_step(pairs, step, recipe)

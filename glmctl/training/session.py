@@ -8,7 +8,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from accelerate import Accelerator
 
 from glmctl import console
 from glmctl.data.tokenizer import Tokenizer
-from glmctl.errors import DataError, Interrupted
+from glmctl.errors import DataError, DivergedError, EnvironmentProblem, Interrupted
 from glmctl.kernels.fused.library import library
+from glmctl.kernels.registry import compiling_small
 from glmctl.model.folder import save_model
 from glmctl.model.generate import generate
 from glmctl.model.network import GlmMoe
+from glmctl.parallel.accelerate import wait_for_all
 from glmctl.recipe.schema import AdamWSpec, CheckpointPolicy, MuonSpec
 from glmctl.run import atomic
 from glmctl.run.directory import Run
@@ -33,6 +36,7 @@ from glmctl.training.balance import dead_experts, expert_load, max_vio
 from glmctl.training.guard import StepGuard
 from glmctl.training.optim import build_optimizer
 from glmctl.training.step import StepMetrics, Stepper
+from glmctl.training.tracking import Tracking
 
 LOAD_EVERY = 20
 """steps between rows that carry every expert's load (for the report's heat map)"""
@@ -75,26 +79,29 @@ class Session:
             "threads": torch.get_num_threads(),
             # not asked for where they cannot be used: asking compiles them
             "kernels": "C++" if accelerator.device.type == "cpu" and library() is not None else "torch",
+            "compile": compiling_small(),
         }
         self._writer = checkpoint.BackgroundWriter()
-        # however a driver ends, nothing is written any more when the run gives its lock back
-        run.before_close(self._writer.wait)
-        self._tracking = bool(trackers)
-        if trackers:
-            accelerator.init_trackers(run.recipe.name)
+        self._tracking = Tracking(accelerator, run, trackers)
+        run.before_close(self._close)
 
     def resume(self) -> int:
         """Load the newest intact checkpoint, if there is one, and return how many steps are done.
 
         Rows of steps that the checkpoint does not know are dropped; those steps are done again, bit for bit. Another
-        number of processes or threads, or other kernels, are said: they change the last bits of what follows. Raises
-        DataError when a file or folder that the recipe names is not what it was.
+        number of processes or threads, or other kernels, are said: they change the last bits of what follows.
+
+        Raises:
+            DataError: a file or folder that the recipe names is not what it was.
+            EnvironmentProblem: the ranks see different checkpoints.
         """
+        # rank 0 may just have moved an earlier run aside
+        wait_for_all(self.accelerator)
         found = checkpoint.load_latest(self.run.checkpoints, self.model, self.optimizer)
-        done = 0
+        done = 0 if found is None else int(found[0]["step"])
+        self._agree_on(done)
         if found is not None:
             state, _ = found
-            done = int(state["step"])
             self._compare_inputs(state["inputs"])
             self._compare_arithmetic(state["arithmetic"])
             self.stepper.guard.load_state(state["stepper"])
@@ -108,8 +115,39 @@ class Session:
         self.run.metrics.truncate("step", after)
         self.samples.truncate("step", after)
         self.skips.truncate("step", after)
-        self.accelerator.wait_for_everyone()
+        if self.run.writer:
+            self._say_lost_rows(done)
+        wait_for_all(self.accelerator)
+        self._tracking.begin(done)
         return done
+
+    def _close(self) -> None:
+        """However a driver ends, nothing is written or kept back any more when the run gives its lock back."""
+        try:
+            self._writer.wait()
+        finally:
+            self._tracking.end()
+
+    def _agree_on(self, done: int) -> None:
+        """EnvironmentProblem on all ranks unless all have loaded the checkpoint of the same step."""
+        if self.accelerator.num_processes == 1:
+            return
+        wait_for_all(self.accelerator)
+        steps = self.accelerator.gather(torch.tensor([done], device=self.accelerator.device)).tolist()
+        if len(set(steps)) > 1:
+            other = next(rank for rank, step in enumerate(steps) if step != steps[0])
+            raise EnvironmentProblem(
+                f"{self.run.checkpoints}: rank 0 finds step {steps[0]}, rank {other} finds step {steps[other]}",
+                hint="the run folder must be shared by all ranks; GLMCTL_RUNS or --run names one that is",
+            )
+
+    def _say_lost_rows(self, done: int) -> None:
+        last = (self.run.metrics.last() or {}).get("step", 0)
+        if last < done:
+            console.note(
+                f"{self.run.metrics.path}: the last row is of step {last}, the checkpoint of step {done}: "
+                "the rows between are lost, the training is not"
+            )
 
     def _compare_inputs(self, before: Mapping[str, str]) -> None:
         changed = [name for name, digest in before.items() if self._inputs.get(name) != digest]
@@ -144,10 +182,23 @@ class Session:
         if step == 1 or step == total or step % LOAD_EVERY == 0:
             body["expert_load"] = expert_load(metrics.counts_LE)
         self.run.metrics.append(body)
-        if self._tracking:
-            values = {key: value for key, value in body.items() if isinstance(value, int | float) and key != "step"}
-            self.accelerator.log(values, step=step)
+        self._tracking.log(step, body)
         return body
+
+    @contextmanager
+    def stopping(self) -> Iterator[StopFlag]:
+        """Around the loop of steps. A signal asks it to stop at the end of one (see `end_step`).
+
+        A rank that left would have torchrun end the others. So when training diverges, which all ranks see in the
+        same step, none leaves before what rank 0 is writing is on the disk.
+        """
+        with StopFlag() as stop:
+            try:
+                yield stop
+            except DivergedError:
+                self._writer.wait()
+                wait_for_all(self.accelerator)
+                raise
 
     def end_step(self, step: int, total: int, stop: StopFlag) -> None:
         """Checkpoint when it is due, at the end, or when a signal asks to stop; then raise Interrupted."""
@@ -157,6 +208,8 @@ class Session:
             self.save(step)
         if exit_code:
             self._writer.wait()
+            # the first rank that leaves has torchrun end the others
+            wait_for_all(self.accelerator)
             raise Interrupted(
                 f"{self.run.path}: interrupted, saved after step {step} of {total}",
                 exit_code=exit_code,
@@ -173,11 +226,14 @@ class Session:
                 state["driver"] = dict(self._driver_state())
             # before the copy: two copies at once would double the memory that this needs
             self._writer.wait()
+            # a machine that fails may forget what it has not been asked to keep: the checkpoint counts these steps
+            for log in (self.run.metrics, self.samples, self.skips):
+                log.sync()
             taken = checkpoint.snapshot(self.model, self.optimizer, state)
             keep, for_good = self.policy.keep, self.policy.keep_every
             self._writer.submit(lambda: checkpoint.write(self.run.checkpoints, taken, keep=keep, keep_every=for_good))
             self.run.record_time()
-        self.accelerator.wait_for_everyone()
+        wait_for_all(self.accelerator)
 
     def sample(self, step: int, prompts: Sequence[tuple[str, list[int]]], tokenizer: Tokenizer, **fields: Any) -> None:
         """Continue each (shown text, token ids) greedily and append the texts to the run's samples."""
@@ -185,7 +241,7 @@ class Session:
             for shown, tokens in prompts:
                 made = generate(self.model, tokens, SAMPLE_TOKENS, stop_ids=tokenizer.eos_ids)
                 self.samples.append({"step": step, "prompt": shown, "text": tokenizer.decode(made), **fields})
-        self.accelerator.wait_for_everyone()
+        wait_for_all(self.accelerator)
 
     def publish(self, tokenizer_folder: Path, target: Path, *, write: Callable[[Path], None] | None = None) -> None:
         """Publish the model as it is now with its tokenizer as a Hugging Face folder.
@@ -199,13 +255,11 @@ class Session:
                     save_model(self.model, folder, tokenizer_folder=tokenizer_folder)
                 else:
                     write(folder)
-        self.accelerator.wait_for_everyone()
+        wait_for_all(self.accelerator)
 
     def export(self, tokenizer_folder: Path, *, write: Callable[[Path], None] | None = None) -> None:
         """Publish the finished model (or what `write` writes, see `publish`) as the run's export."""
         self.publish(tokenizer_folder, self.run.export, write=write)
-        if self._tracking:
-            self.accelerator.end_training()
 
     def _agreed(self, exit_code: int | None) -> int:
         """The largest exit code any rank was asked to end with, 0 for none: ranks stop at the same step or not at all.

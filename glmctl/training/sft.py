@@ -24,7 +24,6 @@ from glmctl.recipe.lora import LoraSpec
 from glmctl.recipe.schema import AdamWSpec, CheckpointPolicy, MuonSpec, Schedule, SftRecipe
 from glmctl.run import atomic
 from glmctl.run.directory import Run, resolve_model
-from glmctl.run.signals import StopFlag
 from glmctl.training.lora import add_lora, merge_adapters, save_adapter
 from glmctl.training.schedule import lr_at
 from glmctl.training.session import Clock, Session, rate
@@ -127,7 +126,7 @@ def finetune(
     done = session.resume()
     if done == 0:
         session.sample(0, prompts, tokenizer, stage="start")
-    with StopFlag() as stop, console.progress(settings.name, settings.steps, start=done) as progress:
+    with session.stopping() as stop, console.progress(settings.name, settings.steps, start=done) as progress:
         for step in range(done + 1, settings.steps + 1):
             clock = Clock()
             lr = lr_at(step / settings.steps, settings.schedule)

@@ -174,6 +174,39 @@ def test_many_processes_start_the_same_command(say, monkeypatch) -> None:
     assert started == [(2, ["pretrain", "x.yaml", "--set", "seed=1"])]
 
 
+def test_a_damaged_run_is_listed_as_such_and_hides_no_other(say) -> None:
+    """And nothing is read that grows with the run: a bad row in the middle is for those who ask for the rows."""
+    for name in ("sound", "torn-recipe", "empty-recipe", "torn-status", "torn-row", "bad-row"):
+        assert say(*PROBLEMS, "--run", f"runs/{name}")[0] == 0
+        Path(f"runs/{name}/metrics.jsonl").write_text('{"step": 1}\n' * 3 + '{"step": 4}\n{"step": 5, "lo')
+    Path("runs/torn-recipe/recipe.yaml").write_text("type: [problems\nname: x")
+    Path("runs/empty-recipe/recipe.yaml").write_text("")
+    Path("runs/torn-status/status.json").write_text('{"state": "fini')
+    Path("runs/torn-row/metrics.jsonl").write_text('{"step": 1}\n{"st\n')
+    Path("runs/bad-row/metrics.jsonl").write_text('{"st\n{"step": 4}\n')
+    code, out, err = say("runs", "list", "--json")
+    assert (code, err) == (0, "")
+    runs = {Path(run["run"]).name: run for run in json.loads(out)["runs"]}
+    assert {name: run["state"] for name, run in runs.items()} == {
+        "sound": "finished",
+        "bad-row": "finished",
+        "torn-recipe": "damaged",
+        "empty-recipe": "damaged",
+        "torn-status": "damaged",
+        "torn-row": "damaged",
+    }
+    assert (runs["sound"]["step"], runs["bad-row"]["step"]) == (4, 4)
+    assert runs["sound"]["summary"]["train"] == 8
+    for name, file in (("torn-recipe", "recipe.yaml"), ("torn-status", "status.json"), ("torn-row", "metrics.jsonl")):
+        assert file in runs[name]["error"]
+    code, out, _ = say("runs", "list")
+    assert code == 0
+    assert out.count("damaged") == 4
+    code, out, err = say("runs", "show", "torn-recipe")
+    assert (code, out) == (3, "")
+    assert "recipe.yaml: not a recipe" in err
+
+
 # ----------------------------------------------------------------------------- models
 
 

@@ -25,7 +25,8 @@ TORCHRUN = (*TORCHRUN, "--nproc-per-node", "1", "-m")
 ON = os.environ.get("GLMCTL_CUDA_TESTS_ON", "cuda")
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 # 24 steps or so; the second stage has packed rows of several lengths
-LONGER = ["--set", "stages.0.tokens=32768", "--set", "schedule.peak_lr=0.003", "--set", "mtp.switch_tokens=24576"]
+LONGER = ["--set", "stages.0.tokens=32768", "--set", "stages.1.tokens=8192", "--set", "mtp.switch_tokens=24576"]
+LONGER += ["--set", "schedule.peak_lr=0.003"]
 RUNS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "cpu": ([], NO_GPU),
     "cuda": ([], {}),

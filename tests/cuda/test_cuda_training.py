@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,12 +22,6 @@ pytestmark = pytest.mark.cuda
 
 STEPS = 20
 Packed = Callable[..., Batch]
-
-
-@pytest.fixture(autouse=True)
-def plain_afterwards(device: torch.device) -> Iterator[None]:
-    yield
-    registry.compile_small(False, device)
 
 
 def losses_and_gradients(
@@ -76,22 +70,21 @@ def train(
     steps: int = STEPS,
 ) -> tuple[list[StepMetrics], GlmMoe]:
     """Steps over four batches again and again, as pretraining makes them."""
-    registry.compile_small(compiled, device)
     model = GlmMoe(config, device=device, seed=0)
     model.recompute = recompute
     accelerator = make_accelerator(precision)  # type: ignore[arg-type]
     stepper = Stepper(model, build_optimizer(model, spec or MuonSpec()), accelerator, grad_clip=1.0)
-    found = [
-        stepper.lm_step(
-            packed(step % 4, 8).split(micro_rows),
-            lr=3e-3,
-            mtp_weight=0.3,
-            sequence_loss_weight=1e-4,
-            bias_update_rate=1e-3,
-        )
-        for step in range(steps)
-    ]
-    registry.compile_small(False, device)
+    with registry.compiled_small(compiled, device):
+        found = [
+            stepper.lm_step(
+                packed(step % 4, 8).split(micro_rows),
+                lr=3e-3,
+                mtp_weight=0.3,
+                sequence_loss_weight=1e-4,
+                bias_update_rate=1e-3,
+            )
+            for step in range(steps)
+        ]
     return found, model
 
 

@@ -91,11 +91,14 @@ def main(root: Path, run: str, spoilt: dict[int, str]) -> int:
     rows: list[dict[str, Any]] = []
     counter = [0]
     watch(rows, counter)
+    if rank == 0:
+        # the last checkpoint before the end is still being written when the ranks give up
+        harness.slow_write(8)()
     if rank == world - 1:
         poison(lambda: spoilt.get(counter[0]))
     code = 0
     try:
-        execute(harness.pretrain_recipe(root, more=96 * 12), root / run)
+        execute(harness.pretrain_recipe(root, more=96 * 24), root / run)
     except GlmctlError as error:
         code = error.exit_code
     (root / f"{run}-rank{rank}.json").write_text(json.dumps({"code": code, "steps": rows}))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,19 +17,12 @@ from glmctl.training.loss import LossModule, main_loss
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(autouse=True)
-def plain_afterwards() -> Iterator[None]:
-    yield
-    registry.compile_small(False, torch.device("cpu"))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_losses_and_gradients_are_those_without(tiny_config: ModelConfig, dtype: torch.dtype, recompute: bool) -> None:
     """Packed rows of several lengths, so that shapes change from batch to batch; autocast as Accelerate does it."""
 
-    def run(compiled: bool) -> list[torch.Tensor]:
-        registry.compile_small(compiled, torch.device("cpu"))
+    def run() -> list[torch.Tensor]:
         rng = random.Random(0)
         model = GlmMoe(tiny_config, seed=0)
         model.recompute = recompute
@@ -48,7 +40,9 @@ def test_losses_and_gradients_are_those_without(tiny_config: ModelConfig, dtype:
         grads = [p.grad for p in model.parameters() if p.grad is not None] if dtype == torch.float32 else []
         return [*found, *grads]
 
-    plain, compiled = run(False), run(True)
+    plain = run()
+    with registry.compiled_small(True, torch.device("cpu")):
+        compiled = run()
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert len(plain) == len(compiled)
     for a, b in zip(plain, compiled, strict=True):

@@ -33,13 +33,14 @@ class House:
         self.resumed: list[str] = []
         self.problems_seed = 0
         self.steps = 3
+        self.rate = 1e-4
         self.limit = 5
         self.fail_in: str | None = None
 
     def recipe(self) -> PipelineRecipe:
         stages = [
             PipelineStage(name="problems", recipe="p", set={"seed": self.problems_seed}),
-            PipelineStage(name="sft", recipe="s", set={"steps": self.steps}),
+            PipelineStage(name="sft", recipe="s", set={"steps": self.steps, "schedule": {"peak_lr": self.rate}}),
             PipelineStage(name="eval", recipe="e", set={"limit": self.limit}),
         ]
         return PipelineRecipe(name="three", stages=stages)
@@ -60,6 +61,7 @@ class House:
             if run.resumed:
                 self.resumed.append(path.name)
             if self.fail_in == path.name:
+                (run.checkpoints / "step-00000002").mkdir(parents=True, exist_ok=True)
                 run.fail("stopped here", "interrupted")
                 raise KeyboardInterrupt
             summary = self.work(recipe, run)
@@ -163,6 +165,54 @@ def test_an_interrupted_stage_whose_recipe_changed_starts_again(house: House) ->
     house.fail_in, house.steps = None, 9
     assert house.run()[0] == ["sft", "eval"]
     assert house.resumed == []
+    aside = house.root / "sft.old-1"
+    assert (aside / "checkpoints" / "step-00000002").is_dir(), "what it had trained is not thrown away"
+    house.limit = 6
+    assert house.run()[0] == ["eval"]
+    assert sorted(path.name for path in house.root.glob("*.old-*")) == [aside.name], "a finished stage is replaced"
+
+
+def test_an_interrupted_stage_goes_on_under_another_rate(house: House, capsys: pytest.CaptureFixture[str]) -> None:
+    """As after a divergence; finished, it would be done again."""
+    house.fail_in = "sft"
+    with pytest.raises(KeyboardInterrupt):
+        house.run()
+    house.rate = 5e-5
+    with pytest.raises(KeyboardInterrupt):
+        house.run()
+    assert house.resumed == ["sft"], "and is cut off once more"
+    house.fail_in = None
+    console.configure()
+    assert house.run()[0] == ["sft", "eval"]
+    assert house.resumed == ["sft"]
+    changes = [json.loads(line) for line in (house.root / "sft" / "changes.jsonl").read_text().splitlines()]
+    assert [(row["after_step"], row["key"], row["new"]) for row in changes] == [(2, "schedule.peak_lr", 5e-5)]
+    assert house.run()[0] == []
+    house.rate = 1e-4
+    assert house.run()[0] == ["sft"], "the evaluation sees equal outputs"
+    assert house.resumed == []
+    assert "its recipe changed" in capsys.readouterr().out
+    assert not list(house.root.glob("*.old-*"))
+
+
+def test_a_stage_of_one_setting_is_not_continued_under_another(house: House) -> None:
+    """A study compares settings: half a run of each would be a figure of neither."""
+    house.fail_in = "sft"
+    with pytest.raises(KeyboardInterrupt):
+        house.run(mixed=False)
+    house.fail_in, house.rate = None, 5e-5
+    assert house.run(mixed=False)[0] == ["sft", "eval"]
+    assert house.resumed == []
+    assert (house.root / "sft.old-1").is_dir()
+
+
+def test_a_stage_recorded_before_a_field_existed_is_up_to_date(house: House) -> None:
+    house.run()
+    record = house.root / "pipeline.json"
+    state = json.loads(record.read_text())
+    del state["stages"]["sft"]["basis"]["recipe"]["mtp_weight"]
+    record.write_text(json.dumps(state))
+    assert house.run()[0] == []
 
 
 def test_fresh_runs_everything_again(house: House) -> None:

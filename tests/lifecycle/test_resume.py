@@ -43,10 +43,12 @@ def test_an_undisturbed_run_is_complete(results: dict[str, Any]) -> None:
     assert len(straight["model"]) == 2, "the export and the model of the first stage's end"
     by_domain = {row["step"] for row in straight["rows"] if "validation_loss_even" in row}
     ends = [row["step"] for row, after in pairwise(straight["rows"]) if row["stage"] != after["stage"]]
-    assert by_domain == {*ends, len(straight["rows"])}
+    assert by_domain == {*range(4, len(straight["rows"]), 4), *ends, len(straight["rows"])}
+    in_last = [row["grad_norm"] for row in straight["rows"] if row["stage"] == "b"]
+    assert straight["guard"]["norms"] == in_last, "a step is measured by its own stage's"
 
 
-SAME = ("rows", "samples", "model", "summary", "state", "checkpoints", "left")
+SAME = ("guard", "rows", "samples", "model", "summary", "state", "checkpoints", "left")
 
 
 @pytest.mark.parametrize("key", SAME)
@@ -89,7 +91,7 @@ def test_a_finished_run_is_not_done_again(results: dict[str, Any]) -> None:
 def test_a_damaged_newest_checkpoint_costs_steps_but_changes_nothing(results: dict[str, Any]) -> None:
     found = results["damaged"]
     assert found["codes"] == [-9, 0]
-    for key in ("rows", "samples", "model", "summary", "checkpoints"):
+    for key in ("guard", "rows", "samples", "model", "summary", "checkpoints"):
         assert found[key] == results["straight"][key], key
 
 

@@ -15,6 +15,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,16 +153,21 @@ def on_call(owner: Any, name: str, number: int, act: Callable[[], None] = die) -
     return arm
 
 
+def slow_write(number: int) -> Callable[[], None]:
+    """The `number`-th checkpoint of this process takes longer than torchrun waits to see that a rank has ended."""
+    return on_call(checkpoint, "write", number, lambda: time.sleep(1.5))
+
+
 def ask(number: int) -> Callable[[], None]:
     """A signal to oneself, which the trainer answers at the end of its step."""
     return lambda: os.kill(os.getpid(), number)
 
 
-def twice(number: int) -> Callable[[], None]:
-    """An impatient signal: the second one ends the process there and then."""
+def impatient(number: int) -> Callable[[], None]:
+    """Asked politely by another signal, then by this one: it ends the process there and then."""
 
     def act() -> None:
-        ask(number)()
+        ask(signal.SIGINT if number == signal.SIGTERM else signal.SIGTERM)()
         ask(number)()
 
     return act
@@ -200,7 +206,7 @@ LIVES: dict[str, list[Callable[[], None]]] = {
     "asked to stop": [
         at_row(2, ask(signal.SIGTERM)),
         at_row(6, ask(signal.SIGINT)),
-        on_call(checkpoint, "write_tensors", 1, twice(signal.SIGTERM)),
+        on_call(checkpoint, "write_tensors", 1, impatient(signal.SIGTERM)),
     ],
 }
 """How each life of a pretraining run ends; after the last it is left in peace."""
@@ -220,7 +226,7 @@ SFT_LIVES: dict[str, list[Callable[[], None]]] = {
     "sft asked to stop": [
         at_row(2, ask(signal.SIGTERM)),
         at_row(5, ask(signal.SIGINT)),
-        on_call(checkpoint, "write_tensors", 1, twice(signal.SIGTERM)),
+        on_call(checkpoint, "write_tensors", 1, impatient(signal.SIGTERM)),
     ],
 }
 """The same of SFT (row T6 of the reliability plan)."""
@@ -308,8 +314,10 @@ def outcome(path: Path, codes: list[int]) -> dict[str, Any]:
     varying = ("seconds", "tokens_per_second", "mfu")
     rows = [{k: v for k, v in row.items() if k not in varying} for row in MetricsLog(path / "metrics.jsonl").rows()]
     status = json.loads((path / "status.json").read_text())
+    newest = max((path / "checkpoints").iterdir())
     return {
         "codes": codes,
+        "guard": json.loads((newest / "state.json").read_text())["state"]["stepper"],
         "rows": rows,
         "samples": (path / "samples.jsonl").read_text(),
         "model": [

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from glmctl.data.batches import IGNORE, Batch, PretrainBatches, SftBatches, pad_batch
 from glmctl.data.chat import Encoded
+from glmctl.data.packing import BestFitPlan, ConcatPlan
 from glmctl.errors import DataError
 from glmctl.parallel.accelerate import share
 
@@ -186,3 +187,26 @@ def test_nothing_to_learn_is_an_error() -> None:
         SftBatches(conversations([4, 5]), 3, pad_id=PAD)
     with pytest.raises(DataError, match="no"):
         SftBatches([Encoded([1, 2, 3], [1, 0, 0])], 8, pad_id=PAD)
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_rows_are_planned_when_they_are_asked_for_and_can_be_given_back(
+    packing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run opens all its stages at its start and comes to the last one weeks later."""
+    made: list[str] = []
+    for kind in (ConcatPlan, BestFitPlan):
+        real = kind.__init__
+
+        def init(self: Any, *args: Any, real: Any = real) -> None:
+            made.append(type(self).__name__)
+            real(self, *args)
+
+        monkeypatch.setattr(kind, "__init__", init)
+    batches = PretrainBatches(Stream([7, 19, 3, 11, 28, 5, 13]), 8, packing, seed=0)
+    assert (batches.total_tokens, made) == (86, [])
+    first = batches.batch(3, 2)
+    assert len(made) == 1
+    batches.forget()
+    assert equal(batches.batch(3, 2), first)
+    assert len(made) == 2

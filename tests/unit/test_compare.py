@@ -9,7 +9,7 @@ import pytest
 
 from glmctl.errors import DataError, RecipeError
 from glmctl.run.compare import (
-    COLUMNS,
+    MAX_COLUMNS,
     ROWS,
     curve,
     find_runs,
@@ -50,13 +50,19 @@ def test_curves_share_one_scale(tmp_path: Path) -> None:
     views = [open_run(str(make(tmp_path / n, v)), tmp_path) for n, v in (("falling", falling), ("flat", flat))]
     curves = {name: curve(view, "loss", "tokens") for name, view in named(views).items()}
     assert curves["falling"][0] == (100.0, 3.0)
-    first, second = terminal_chart(curves, x_label="tokens", y_label="loss").split("\n\n")
+    first, second = terminal_chart(curves, x_label="tokens", y_label="loss", width=80).split("\n\n")
     rows = [line.split("|", 1)[1] for line in first.splitlines()[1 : ROWS + 1]]
-    assert all(len(row) == COLUMNS for row in rows)
+    assert all(len(row) == MAX_COLUMNS for row in rows)
     assert rows[0][0] != "\u2800"
     assert rows[-1][-1] != "\u2800"
     assert rows[0][-1] == rows[-1][0] == "\u2800"
     assert all(set(line.split("|", 1)[1]) == {"\u2800"} for line in second.splitlines()[1:ROWS])
+    # where there is room, the same frames side by side
+    for width, abreast in ((100, 2), (300, 2), (81, 2), (80, 1)):
+        lines = terminal_chart(curves, x_label="tokens", y_label="loss", width=width).splitlines()
+        assert lines[1].count("|") == abreast
+        assert max(map(len, lines)) <= width
+    assert "flat: loss over tokens, last 1" in terminal_chart(curves, x_label="tokens", y_label="loss", width=100)
     with pytest.raises(DataError, match="loss, step, tokens"):
         curve(views[0], "los", "step")
 

@@ -20,7 +20,7 @@ from glmctl.recipe.schema import AdamWSpec, MuonSpec
 from glmctl.run.metrics import MetricsLog
 from glmctl.training import checkpoint
 from glmctl.training.ceiling import flops_per_token, matmul_ceiling
-from glmctl.training.guard import SETTLED, StepGuard
+from glmctl.training.guard import SETTLED, WINDOW, StepGuard
 from glmctl.training.loss import LossModule
 from glmctl.training.optim import build_optimizer
 from glmctl.training.step import Stepper
@@ -36,12 +36,53 @@ def settled(factor: float | None = 10.0, log: MetricsLog | None = None) -> StepG
 def test_a_spike_needs_both_a_large_gradient_and_a_jump_in_loss() -> None:
     guard = settled()
     assert guard.verdict(2000.0, 1000.0) == "spike"
-    assert guard.verdict(4.0, 2.0) is None, "a new stage of data"
+    assert guard.verdict(4.0, 2.0) is None, "harder data"
     assert guard.verdict(2.0, 1000.0) is None, "clipping bounds it"
     assert settled(None).verdict(2000.0, 1000.0) is None
     assert StepGuard(10.0).verdict(2000.0, 1000.0) is None, "the first gradients are the largest"
     for loss, norm in ((math.nan, 1.0), (2.0, math.inf), (None, math.nan)):
         assert settled(None).verdict(loss, norm) == "not finite"
+
+
+def at_a_border(guard: StepGuard, losses: int = WINDOW) -> StepGuard:
+    """`losses` steps at the end of a long stage, as many in the guard as it keeps."""
+    guard.enter(0)
+    for _ in range(losses):
+        assert guard.verdict(1.6, 0.08) is None
+        guard.applied(1.6, 0.08)
+    return guard
+
+
+def resumed(guard: StepGuard) -> StepGuard:
+    other = StepGuard(guard.spike_factor)
+    other.load_state(json.loads(json.dumps(guard.state())))
+    return other
+
+
+def test_the_first_steps_of_a_new_stage_are_no_spikes_also_after_a_resume() -> None:
+    """Longer rows and another RoPE base: more loss and more gradient, for as long as the model needs."""
+    for guard in (at_a_border(StepGuard(10.0)), resumed(at_a_border(StepGuard(10.0)))):
+        assert guard.verdict(2.7, 0.9) == "spike", "in the same stage it would be one"
+        guard.enter(1)
+        assert guard.verdict(2.7, 0.9) is None
+        assert guard.verdict(math.nan, 0.9) == "not finite"
+        guard.applied(2.7, 0.9)
+        again = resumed(guard)
+        again.enter(1)
+        assert again.state() == guard.state(), "a resume inside the stage forgets nothing"
+        for _ in range(SETTLED):
+            again.enter(1)
+            again.applied(2.6, 0.8)
+        assert again.verdict(2000.0, 100.0) == "spike"
+
+
+def test_skipped_steps_in_a_row_are_counted_across_a_border() -> None:
+    guard = at_a_border(StepGuard(10.0))
+    guard.skip("not finite", math.nan, 1.0, {})
+    guard.enter(1)
+    guard.skip("not finite", math.nan, 1.0, {})
+    with pytest.raises(DivergedError, match="3 steps in a row"):
+        guard.skip("not finite", math.nan, 1.0, {})
 
 
 def test_a_loss_a_thousand_times_larger_never_reaches_the_weights(tiny_config: ModelConfig, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from glmctl.errors import EnvironmentProblem
+from glmctl.errors import DivergedError, EnvironmentProblem
 from glmctl.kernels import attention, registry
 from glmctl.kernels.rms_norm import rms_norm
 from glmctl.kernels.rope import rope, rotation
@@ -128,9 +128,27 @@ def test_compile_names_what_is_missing_and_leaves_the_choice_as_it_was(monkeypat
 
     registry._compiled.cache_clear()
     monkeypatch.setattr(torch, "compile", broken)
-    with pytest.raises(
-        EnvironmentProblem, match=r"kernels for cpu here: no working C\+\+ compiler was found$"
-    ) as found:
-        registry.compile_small(True, torch.device("cpu"))
+    with (
+        pytest.raises(EnvironmentProblem, match=r"kernels for cpu here: no working C\+\+ compiler was found$") as found,
+        registry.compiled_small(True, torch.device("cpu")),
+    ):
+        pass
     assert found.value.hint == "set compile: false"
     assert registry.op("swiglu") is registry.variants("swiglu")["function"]
+
+
+def test_compile_ends_with_its_stage_however_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next stage of a pipeline runs in the same process and has not asked for it."""
+    monkeypatch.setattr(registry, "_compiled", lambda name: registry.variants(name)["reference"])
+    plain = registry.op("swiglu")
+
+    def stage() -> None:
+        with registry.compiled_small(True, torch.device("cpu")):
+            assert registry.compiling_small()
+            assert registry.op("swiglu") is not plain
+            raise DivergedError("three steps in a row were left out")
+
+    with pytest.raises(DivergedError):
+        stage()
+    assert not registry.compiling_small()
+    assert registry.op("swiglu") is plain

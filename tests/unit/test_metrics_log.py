@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glmctl.errors import DataError
+from glmctl.run import metrics
 from glmctl.run.metrics import MetricsLog
 
 
@@ -61,3 +63,22 @@ def test_only_the_writer_writes(tmp_path: Path) -> None:
     MetricsLog(path).append({"step": 1})
     MetricsLog(path, writable=False).truncate("step", 0)
     assert MetricsLog(path, writable=False).rows() == [{"step": 1}]
+
+
+def test_the_last_row_is_read_from_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the rows' lengths are beside the part that is read first."""
+    monkeypatch.setattr(metrics, "_TAIL", 16)
+    path = tmp_path / "m.jsonl"
+    log = MetricsLog(path)
+    assert log.last() is None
+    for text in ("", '{"step": 1', "x" * 40):
+        path.write_text(text)
+        assert log.last() is None
+    for rows in ([1], [1, 100], [100, 1], [7] * 5, [2000, 2000]):
+        lines = [json.dumps({"step": step, "text": "x" * size}) + "\n" for step, size in enumerate(rows)]
+        for torn in ("", '{"step": 9', "y" * 50):
+            path.write_text("".join(lines) + torn)
+            assert log.last() == log.rows()[-1]
+    path.write_text('{"step": 1}\n{"st\n')
+    with pytest.raises(DataError, match=r"m\.jsonl: last line: not JSON"):
+        log.last()

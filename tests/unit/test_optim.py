@@ -13,6 +13,28 @@ from glmctl.recipe.schema import AdamWSpec, MuonSpec
 from glmctl.training import optim
 from glmctl.training.optim import MixedOptimizer, build_optimizer
 
+MLA = {
+    "vocab_size": 64,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "attention_bias": False,
+    "use_qk_norm": False,
+    "partial_rotary_factor": 1.0,
+    "attention": "mla",
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 20,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+
 
 def fill_gradients(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -126,3 +148,37 @@ def test_cutting_the_batch_of_matrices_changes_nothing(
     for other in results[1:]:
         for name, value in results[0].items():
             torch.testing.assert_close(other[name], value, rtol=0, atol=1e-6, msg=name)
+
+
+def test_each_logical_matrix_of_mla_moves_as_it_would_alone() -> None:
+    """Keys and values of all heads share a parameter, row by row in turn, and the latent one with the rotated key."""
+    config = ModelConfig.model_validate(MLA)
+    model = GlmMoe(config, seed=0)
+    H, n, v, rank = 4, 12, 16, 32
+    rows = torch.arange(H * (n + v)).view(H, n + v)
+    parts = {
+        "kv_b_proj": [rows[:, :n].flatten(), rows[:, n:].flatten()],
+        "kv_a_proj_with_mqa": [torch.arange(rank), torch.arange(rank, rank + 8)],
+    }
+    before = weights(model)
+    fill_gradients(model, 5)
+    spec = MuonSpec(weight_decay=0.0)
+    optimizer = build_optimizer(model, spec)
+    optimizer.set_lr(0.02)
+    optimizer.step()
+    for name, pieces in parts.items():
+        full = f"layers.1.self_attn.{name}.weight"
+        parameter = model.get_parameter(full)
+        assert parameter.grad is not None
+        assert sorted(torch.cat(pieces).tolist()) == list(range(len(parameter)))
+        for piece in pieces:
+            alone = nn.Module()
+            alone.register_parameter("weight", nn.Parameter(before[full][piece].clone()))
+            alone.weight.grad = parameter.grad[piece].clone()
+            own = build_optimizer(alone, spec)
+            own.set_lr(0.02)
+            own.step()
+            # in one batch with others of its shape, whose sums may be taken in another order
+            torch.testing.assert_close(parameter[piece], alone.weight, rtol=0, atol=1e-6)
+            moved = parameter[piece].detach() - before[full][piece]
+            assert float(moved.square().mean().sqrt() / 0.02) == pytest.approx(0.2, rel=0.25), "RMS of each part"

@@ -30,7 +30,7 @@ from glmctl.run.plan.memory import Layout, Work, moments, peak
 from glmctl.run.plan.shape import layer_runs, muon_shapes
 from glmctl.run.plan.step_time import trained_flops
 from glmctl.training.loss import LossModule
-from glmctl.training.optim import BATCH_ELEMENTS, _matrices, build_optimizer, uses_muon
+from glmctl.training.optim import BATCH_ELEMENTS, build_optimizer, logical_matrices
 from glmctl.training.step import Stepper
 
 # attention that is not compiled keeps other things; so do machines without a compiler
@@ -153,9 +153,11 @@ def check_counts(config: ModelConfig) -> None:
     assert sum(run.layers * run.part.total for run in runs if not run.mtp) + config.hidden_size == counts.main
     assert sum(run.layers * run.part.total for run in runs if run.mtp) == counts.mtp
     shapes: Counter[tuple[int, int]] = Counter()
-    for name, parameter in GlmMoe(config, device="meta").named_parameters():
-        if uses_muon(name, parameter, spec):
-            n, a, b = _matrices(name, parameter).shape
+    muon = build_optimizer(GlmMoe(config, device="meta"), spec).muon
+    assert muon is not None
+    for name, parameter in muon.named.items():
+        for part in logical_matrices(name, parameter, muon.rows.get(name)):
+            n, a, b = part.flatten(1, -2).shape
             shapes[min(a, b), max(a, b)] += n
     assert muon_shapes(config, spec) == shapes
     elements = sum(a * b * n for (a, b), n in shapes.items())

@@ -37,6 +37,23 @@ def message(name: str, *overrides: str) -> str:
     return caught.value.message
 
 
+def test_a_bias_rate_for_a_router_without_bias_is_refused_when_somebody_set_it(write) -> None:
+    """A softmax router has none; the resolved recipe says 0 rather than a default that does nothing."""
+    name = write("soft.yaml", "extends: smoke/pretrain\nmodel: {scoring_func: softmax}\ntokenizer: t\n")
+    plain = load(name)
+    assert isinstance(plain, PretrainRecipe)
+    assert plain.balance.bias_update_rate == 0.0
+    write("again.yaml", dump(plain))
+    assert load("again.yaml") == plain
+    assert load(name, ["balance.bias_update_rate=0"]) == plain
+    said = message(name, "balance.bias_update_rate=1e-3")
+    assert "balance" in said
+    assert "a softmax router has no selection bias: bias_update_rate must be 0 or left out" in said
+    sigmoid = load("smoke/pretrain")
+    assert isinstance(sigmoid, PretrainRecipe)
+    assert sigmoid.balance.bias_update_rate == 1e-3
+
+
 # ----------------------------------------------------------------------------- what ships
 
 

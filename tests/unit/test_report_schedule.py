@@ -72,16 +72,13 @@ def test_the_plan_switches_where_the_report_does() -> None:
     assert [s.sequences for s in (steps[ends[1].number], steps[ends[3].number])] == [64 * M // 32768, 64 * M // 131072]
 
 
-def test_laptop_is_the_report_by_its_stated_rule() -> None:
-    small, full = recipe("laptop/pretrain"), recipe("glm-4.5/pretrain")
-    scale, length = 5_000_000, 16
-    for a, b in zip(small.stages, full.stages, strict=True):
-        assert (a.name, a.tokens * scale, a.sequence_length * length) == (b.name, b.tokens, b.sequence_length)
-        assert (a.packing, a.rope_theta) == (b.packing, b.rope_theta)
+def check_scaled(small: PretrainRecipe, full: PretrainRecipe, tokens: int, batches: float) -> None:
+    """Everything but stages and model, token counts divided by `tokens` and batches by `batches`."""
+    scale = tokens
     assert small.model.rope_theta == full.model.rope_theta
     assert small.batch.start_tokens is not None
-    assert small.batch.start_tokens * 7812.5 == full.batch.start_tokens
-    assert small.batch.tokens * 7812.5 == full.batch.tokens
+    assert small.batch.start_tokens * batches == full.batch.start_tokens
+    assert small.batch.tokens * batches == full.batch.tokens
     assert small.batch.ramp_tokens * scale == full.batch.ramp_tokens
     for theirs, ours in (
         (full.balance.until_tokens, small.balance.until_tokens),
@@ -89,10 +86,35 @@ def test_laptop_is_the_report_by_its_stated_rule() -> None:
     ):
         assert ours is not None
         assert ours * scale == theirs
+    assert small.balance.sequence_loss_weight == full.balance.sequence_loss_weight
+    assert (small.mtp.weight, small.mtp.then_weight) == (full.mtp.weight, full.mtp.then_weight)
     assert small.optimizer == full.optimizer
     assert small.schedule.final_lr / small.schedule.peak_lr == pytest.approx(0.1)
+
+
+def test_laptop_is_the_report_by_its_stated_rule() -> None:
+    small, full = recipe("laptop/pretrain"), recipe("glm-4.5/pretrain")
+    scale, length = 5_000_000, 16
+    for a, b in zip(small.stages, full.stages, strict=True):
+        assert (a.name, a.tokens * scale, a.sequence_length * length) == (b.name, b.tokens, b.sequence_length)
+        assert (a.packing, a.rope_theta) == (b.packing, b.rope_theta)
+    check_scaled(small, full, scale, 7812.5)
     active = derived(small)["parameters_active"] + small.model.vocab_size * small.model.hidden_size
     assert 1.5e6 < active < 2.5e6
+
+
+def test_smoke_is_the_report_by_its_stated_rule() -> None:
+    small, full = recipe("smoke/pretrain"), recipe("glm-4.5/pretrain")
+    scale, length = 1_000_000_000, 32
+    joined = {"pretrain": full.stages[:2], "midtrain": full.stages[2:]}
+    assert [stage.name for stage in small.stages] == list(joined)
+    for ours, theirs in zip(small.stages, joined.values(), strict=True):
+        assert ours.tokens * scale == sum(stage.tokens for stage in theirs)
+        assert ours.sequence_length * length == theirs[0].sequence_length
+        assert (ours.packing, ours.rope_theta) == (theirs[0].packing, theirs[0].rope_theta)
+    check_scaled(small, full, scale, 31_250)
+    assert small.balance.bias_update_rate == full.balance.bias_update_rate
+    assert len(plan("smoke/pretrain")) == 13
 
 
 def test_parameter_groups_are_those_of_the_optimizer() -> None:

@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
+from glmctl import console
 from glmctl.errors import DataError, EnvironmentProblem, RecipeError
+from glmctl.recipe.load import list_recipes, load
 from glmctl.recipe.schema import SftRecipe
-from glmctl.run.directory import Run, differences, recipe_hash, resolve_model, resolve_tokenizer
+from glmctl.run.changes import completed, differences
+from glmctl.run.directory import Run, recipe_hash, resolve_model, resolve_tokenizer
 
 
 def recipe(name: str = "r", steps: int = 3, **changes: object) -> SftRecipe:
@@ -48,11 +52,64 @@ def test_the_same_recipe_resumes_under_any_name_and_adds_up_its_time(tmp_path: P
 
 def test_another_recipe_is_refused_with_the_keys_that_differ(tmp_path: Path) -> None:
     Run.open(recipe(), tmp_path / "run").close()
+    before = (tmp_path / "run" / "recipe.yaml").read_text()
     with pytest.raises(RecipeError) as caught:
-        Run.open(recipe(steps=4, schedule={"peak_lr": 1.0}), tmp_path / "run")
-    assert "steps: 3 -> 4" in caught.value.message
-    assert "schedule.peak_lr: 0.00025 -> 1.0" in caught.value.message or "schedule" in caught.value.message
+        Run.open(recipe(steps=4, batch_tokens=64, schedule={"peak_lr": 1.0}), tmp_path / "run")
+    assert caught.value.message.endswith("another recipe: steps: 3 -> 4; batch_tokens: 8192 -> 64")
     assert "--fresh" in (caught.value.hint or "")
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == before
+    assert not (tmp_path / "run" / "changes.jsonl").exists()
+
+
+def test_an_unfinished_run_goes_on_under_another_rate_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run"
+    Run.open(recipe(), path).close()
+    for step in (7, 12):
+        (path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    console.configure()
+    slower = recipe(grad_clip=0.5, checkpoint={"every_steps": 3})
+    with Run.open(slower, path) as run:
+        assert run.resumed
+    assert f"{path}: goes on after step 12 with grad_clip: 1.0 -> 0.5" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (path / "changes.jsonl").read_text().splitlines()]
+    assert rows == [
+        {"after_step": 12, "key": "grad_clip", "old": 1.0, "new": 0.5},
+        {"after_step": 12, "key": "checkpoint.every_steps", "old": 50, "new": 3},
+    ]
+    assert "grad_clip: 0.5" in (path / "recipe.yaml").read_text()
+    with Run.open(slower, path) as run:
+        run.finish({})
+    with Run.open(slower, path) as run:
+        assert run.finished
+    assert len((path / "changes.jsonl").read_text().splitlines()) == 2, "the same recipe is no change"
+    with pytest.raises(RecipeError, match=r"grad_clip: 0\.5 -> 0\.25"):
+        Run.open(recipe(grad_clip=0.25, checkpoint={"every_steps": 3}), path)
+
+
+def test_a_recipe_from_before_a_field_existed_has_its_default(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    Run.open(recipe(), path).close()
+    file = path / "recipe.yaml"
+    body = yaml.safe_load(file.read_text())
+    del body["mtp_weight"], body["schedule"]["warmup_fraction"]
+    file.write_text(yaml.safe_dump(body))
+    with Run.open(recipe(), path) as run:
+        assert run.resumed
+    with pytest.raises(RecipeError, match=r"mtp_weight: 0\.1 -> 0\.2"):
+        Run.open(recipe(mtp_weight=0.2), path)
+    file.write_text(yaml.safe_dump({**body, "gone": 1}))
+    with pytest.raises(RecipeError, match=r'gone: 1 -> "absent"'):
+        Run.open(recipe(), path)
+    assert completed(None, SftRecipe) is None
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in list_recipes()])
+def test_a_shipped_recipe_read_back_differs_in_nothing(name: str) -> None:
+    made = load(name)
+    plain = made.model_dump(mode="json")
+    assert completed(yaml.safe_load(yaml.safe_dump(plain)), type(made)) == plain
 
 
 def test_fresh_moves_the_old_run_aside(tmp_path: Path) -> None:
@@ -108,7 +165,11 @@ def test_differences_name_keys_by_path() -> None:
     old = {"name": "a", "x": 1, "deep": {"list": [1, 2], "gone": 0}}
     new = {"name": "b", "x": 1, "deep": {"list": [1, 3], "new": 0}}
     assert differences(old, old) == []
-    assert differences(old, new) == ["deep.list.1: 2 -> 3", 'deep.gone: 0 -> "absent"', 'deep.new: "absent" -> 0']
+    assert list(map(str, differences(old, new))) == [
+        "deep.list.1: 2 -> 3",
+        'deep.gone: 0 -> "absent"',
+        'deep.new: "absent" -> 0',
+    ]
 
 
 def test_a_model_is_found_in_a_folder_or_in_a_run(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Signals: the first asks, the second ends, and the handlers found are put back."""
+"""Signals: the first asks, another one ends, and the handlers found are put back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from glmctl.run.signals import StopFlag
+from glmctl.run.signals import SAME_REQUEST, StopFlag
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -34,6 +34,23 @@ def test_the_second_signal_ends_the_process_at_once() -> None:
     )
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (130, "")
+
+
+@pytest.mark.parametrize(("later", "code"), [(0.9 * SAME_REQUEST, 0), (1.1 * SAME_REQUEST, 143)])
+def test_the_same_signal_at_once_is_not_a_second_request(later: float, code: int) -> None:
+    """As from GNU timeout, which signals its child and then the group; later it is impatience."""
+    program = (
+        "import os, signal\n"
+        "from glmctl.run.signals import StopFlag\n"
+        "now = [10.0]\n"
+        "with StopFlag(lambda: now[0]) as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"    now[0] += {later}\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print(stop.raised)\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (code, "" if code else "143\n"), done.stderr
 
 
 def test_other_threads_may_use_it_without_handlers() -> None:

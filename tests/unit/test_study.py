@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 from pydantic import ValidationError
 
-from glmctl.errors import DataError, DivergedError
+from glmctl.errors import DataError, DivergedError, Interrupted
 from glmctl.recipe.load import list_recipes, load
 from glmctl.recipe.schema import EvalRecipe, ProblemsRecipe, SftRecipe, StudyRecipe
 from glmctl.run.directory import Run
@@ -96,6 +96,32 @@ def test_a_metric_that_no_stage_has_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match=r"arm 'few' has no eval\.right or eval\.other"):
         run_study(study(), tmp_path, loaded, execute)
+
+
+def test_an_arm_whose_rate_was_edited_half_way_starts_again(tmp_path: Path) -> None:
+    """Half a run of each rate would be a figure of neither, though a run by itself may be continued so."""
+    resumed: list[bool] = []
+
+    def execute(recipe: Any, path: Path, *, fresh: bool = False) -> dict[str, Any]:
+        with Run.open(recipe, path, fresh=fresh) as run:
+            if recipe.type == "sft":
+                resumed.append(run.resumed)
+                if len(resumed) < 3:
+                    run.fail("stopped", "interrupted")
+                    raise Interrupted("stopped", exit_code=143)
+            run.finish({"loss": 1.0})
+        return {"loss": 1.0}
+
+    def arm(clip: float) -> StudyRecipe:
+        only = {"few": {"sft.grad_clip": clip}}
+        return study(stages=STAGES[:1], arms=only, seeds=[0], metrics={"loss": ["sft.loss"]})
+
+    for clip in (1.0, 1.0, 0.5):
+        try:
+            run_study(arm(clip), tmp_path, loaded, execute)
+        except Interrupted:
+            continue
+    assert resumed == [False, True, False]
 
 
 def searched(**changes: Any) -> StudyRecipe:

@@ -93,8 +93,11 @@ def _attention_matrices(config: ModelConfig) -> Counter[tuple[int, int]]:
     if c.attention == "mla":
         assert c.kv_lora_rank is not None
         assert c.qk_nope_head_dim is not None
-        shapes[D, c.kv_lora_rank + c.rope_head_dim] += 1
-        shapes[c.kv_lora_rank, H * (c.qk_nope_head_dim + c.value_dim)] += 1
+        # in storage two matrices: latent with rotated key, keys with values
+        shapes[D, c.kv_lora_rank] += 1
+        shapes[D, c.rope_head_dim] += 1
+        shapes[c.kv_lora_rank, H * c.qk_nope_head_dim] += 1
+        shapes[c.kv_lora_rank, H * c.value_dim] += 1
     else:
         shapes[D, c.num_key_value_heads * c.head_dim] += 2
     shapes[H * c.value_dim, D] += 1
