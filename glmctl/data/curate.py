@@ -16,7 +16,7 @@ import numpy as np
 
 from glmctl.data import duplicates, semantic, spool
 from glmctl.data.measure import Gauge, Measured, learn, learns, measure
-from glmctl.data.stages import applies
+from glmctl.data.stages import compares
 from glmctl.recipe.curation import LOCAL_STAGES
 
 if TYPE_CHECKING:
@@ -53,14 +53,16 @@ class Decisions:
         found: np.ndarray = self.epochs[self.bounds[unit] : self.bounds[unit + 1]]
         return found
 
-    def save(self, path: Path) -> None:
-        """Write what `glmctl data inspect` needs."""
+    def save(self, path: Path, places: np.ndarray) -> None:
+        """Write what `glmctl data inspect` needs; `places`: where in the shards each document is (`encode.PLACE`)."""
         np.savez_compressed(
             path,
             bounds=self.bounds,
             epochs=self.epochs,
             dropped_by=self.dropped_by,
             cause=self.cause,
+            split=places["split"],
+            document=places["document"],
             **{f"score_{name}": values for name, values in self.scores.items()},  # type: ignore[arg-type]
         )
 
@@ -111,8 +113,10 @@ def _gauge(
 
 
 def _asked(stage: Any, recipe: DataRecipe, decisions: Decisions) -> np.ndarray:
-    """bool: documents that are still there and of the stage's domains."""
-    mine = np.array([applies(stage.domains, source.domain) for source in recipe.sources])
+    """bool: documents that are still there and that the stage looks at."""
+    mine = np.array(
+        [compares(stage, source.domain, conversation=source.type == "conversations") for source in recipe.sources]
+    )
     found: np.ndarray = (decisions.dropped_by == KEPT) & mine[decisions.table["source"]]
     return found
 

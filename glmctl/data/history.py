@@ -1,7 +1,7 @@
 """Issues, pull requests and commits that belong together, as one text (spec section 2, Data: repo-level).
 
-Records that link to each other form one context: the files their diffs touch, then issues, pull requests and commits
-in the order of their dates (else of the file), commits as diffs.
+A change and what links to it directly form one context: the files their diffs touch, then issues, pull requests and
+commits in the order of their dates (else of the file), commits as diffs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ KINDS = ("issue", "pull", "commit")
 _NUMBER_LINK = re.compile(r"(?<![\w&])#(\d+)\b")
 _TOUCHED = re.compile(r"^\+\+\+ b/(.+?)\s*$", re.MULTILINE)
 _MIN_SHA = 7
+_SHA = re.compile(rf"[0-9a-f]{{{_MIN_SHA},40}}")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Record:
     """names of other records, from the field `links` and from `#12` in the texts"""
     date: str
     place: str
+    repository: str
+    """names of records count inside it: the row's field, else the file"""
 
 
 def record_of(row: dict[str, Any], place: str) -> Record:
@@ -46,7 +49,7 @@ def record_of(row: dict[str, Any], place: str) -> Record:
     key = "sha" if kind == "commit" else "number"
     if not isinstance(row.get(key), str | int):
         raise DataError(f"a {kind} needs '{key}'")
-    texts = {name: row.get(name) or "" for name in ("title", "body", "diff", "date")}
+    texts = {name: row.get(name) or "" for name in ("title", "body", "diff", "date", "repository")}
     wrong = next((name for name, value in texts.items() if not isinstance(value, str)), None)
     comments, links = row.get("comments") or [], row.get("links") or []
     if wrong is not None or not isinstance(comments, list) or not isinstance(links, list):
@@ -65,6 +68,7 @@ def record_of(row: dict[str, Any], place: str) -> Record:
         tuple(dict.fromkeys([*named, *mentioned])),
         texts["date"],
         place,
+        texts["repository"] or place.rpartition(":")[0],
     )
 
 
@@ -88,31 +92,60 @@ def contexts(records: Sequence[Record], root: Path | None, limit: int) -> Iterat
 
 
 def groups(records: Sequence[Record]) -> list[list[Record]]:
-    """Records connected by links, each group by date (then by place in the input), groups by their first record."""
-    parent = list(range(len(records)))
+    """Every record once: a pull request with its commits and what links to any of them directly, then a commit, then an
+    issue, each with what links to it directly and is in no group yet.
 
-    def root(at: int) -> int:
-        while parent[at] != at:
-            parent[at] = parent[parent[at]]
-            at = parent[at]
-        return at
+    Links of links do not join, so a busy tracker does not become one group. A commit or an issue is in the first group
+    that it belongs to. A group is in order of date (then of kind), groups in that of their first record.
+    """
+    linked = _linked(records)
+    free = set(range(len(records)))
+    found: list[list[int]] = []
+    for kind in ("pull", "commit", "issue"):
+        for at, record in enumerate(records):
+            if record.kind != kind or at not in free:
+                continue
+            # a pull request has a group of its own, whoever mentions it
+            own = {at} | {other for other in linked[at] & free if kind == "pull" and records[other].kind == "commit"}
+            near = {other for member in own for other in linked[member] & free}
+            group = own | {other for other in near if records[other].kind != "pull"}
+            free -= group
+            found.append(sorted(group))
+    order = {kind: rank for rank, kind in enumerate(KINDS)}
+    return [
+        sorted((records[at] for at in group), key=lambda record: (record.date, order[record.kind]))
+        for group in sorted(found)
+    ]
 
-    named: dict[str, int] = {}
+
+def _linked(records: Sequence[Record]) -> list[set[int]]:
+    """Places of the records that each links to or is linked from."""
+    named: dict[tuple[str, str], int] = {}
+    commits: dict[tuple[str, str], list[int]] = {}
     for at, record in enumerate(records):
-        named.setdefault(record.name, at)
+        named.setdefault((record.repository, record.name), at)
         if record.kind == "commit":
-            named.setdefault(record.name[:_MIN_SHA], at)
+            commits.setdefault((record.repository, record.name[:_MIN_SHA].lower()), []).append(at)
+    linked: list[set[int]] = [set() for _ in records]
     for at, record in enumerate(records):
         for link in record.links:
-            other = named.get(link, named.get(link[:_MIN_SHA]) if len(link) >= _MIN_SHA else None)
-            if other is not None:
-                one, two = sorted((root(at), root(other)))
-                parent[two] = one
-    found: dict[int, list[Record]] = {}
-    for at in range(len(records)):
-        found.setdefault(root(at), []).append(records[at])
-    order = {kind: rank for rank, kind in enumerate(KINDS)}
-    return [sorted(group, key=lambda record: (record.date, order[record.kind])) for group in found.values()]
+            other = named.get((record.repository, link))
+            if other is None and _SHA.fullmatch(link.lower()):
+                other = _abbreviated(
+                    records, commits.get((record.repository, link[:_MIN_SHA].lower()), ()), link.lower()
+                )
+            if other is not None and other != at:
+                linked[at].add(other)
+                linked[other].add(at)
+    return linked
+
+
+def _abbreviated(records: Sequence[Record], places: Sequence[int], link: str) -> int | None:
+    """The one commit whose hash the link shortens, or is shortened to; None when there are several."""
+    fitting = [
+        at for at in places if records[at].name.lower().startswith(link) or link.startswith(records[at].name.lower())
+    ]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def render(record: Record) -> str:

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from glmctl.data import duplicates, semantic, spool, teacher
+from glmctl.data.asked import Asked
 from glmctl.data.classifier import Classifier, teach
-from glmctl.data.scores import HEURISTICS
-from glmctl.data.stages import applies, classifier
+from glmctl.data.scores import HEURISTICS, reads
+from glmctl.data.stages import classifier, compares
 from glmctl.data.words import hashes, words
 from glmctl.errors import DataError
 from glmctl.run import atomic
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     Comparing = MinHash | Semantic | Score
 
 _DOCUMENTS_AT_ONCE = 256
+MAX_FOREIGN = 0.9
+"""share of a sample in languages that a heuristic teacher does not know from which it is not asked"""
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,27 @@ def learns(stage: Comparing) -> int | None:
 
 
 def _teach(name: str, scorer: TaughtClassifier, sample: Sequence[Document], path: Path) -> dict[str, Any]:
-    texts, scores = teacher.rate(scorer.teacher, sample)
+    if scorer.teacher.type == "heuristic":
+        _require_language(name, scorer.teacher.what, sample)
+    texts, scores = teacher.rate(scorer.teacher, sample, Asked(path.with_suffix(".asked.jsonl")))
     try:
         found, report = teach(hashes([words(text) for text in texts]), scores, scorer.positive_from)
     except DataError as error:
         raise DataError(f"stage '{name}': {error.message}", hint=error.hint) from error
     found.save(path)
     return report
+
+
+def _require_language(name: str, what: str, sample: Sequence[Document]) -> None:
+    """DataError when nearly no document is in a language of the heuristic: it would teach noise."""
+    foreign = [document for document in sample if not reads(what, document.text, words(document.text))]
+    if len(foreign) > MAX_FOREIGN * len(sample):
+        domains = ", ".join(sorted({document.domain for document in foreign}))
+        raise DataError(
+            f"stage '{name}': scorer.teacher.what '{what}' knows English and Chinese words only, and {len(foreign)} of "
+            f"{len(sample)} documents (domain {domains}, as {foreign[0].path}) hold next to none",
+            hint="let a model rate them: teacher {type: endpoint, base_url, model, prompt}, or {type: labels, paths}",
+        )
 
 
 # ------------------------------------------------------------------ measuring a unit
@@ -95,6 +112,12 @@ def measure(folder: Path, scanned: Path, gauges: Sequence[Gauge]) -> None:
     """Measure the documents of one scanned unit for every gauge."""
     table = spool.table(scanned)
     found = spool.documents(scanned)
+    # beside the passes, so that answers outlive a unit that is cut short
+    asked = {
+        gauge.place: Asked(scanned.parents[1] / "asked" / f"{scanned.name}-{gauge.place}.jsonl")
+        for gauge in gauges
+        if gauge.stage.type == "semantic" and gauge.stage.embedding.type == "endpoint"
+    }
     at = 0
     with ExitStack() as stack:
         files = {
@@ -102,10 +125,10 @@ def measure(folder: Path, scanned: Path, gauges: Sequence[Gauge]) -> None:
         }
         while chunk := list(islice(found, _DOCUMENTS_AT_ONCE)):
             word_lists = [words(document.text) for document in chunk]
-            measured = _Chunk(chunk, word_lists, hashes(word_lists), table["digest"][at : at + len(chunk)])
+            measured = _Chunk(chunk, word_lists, hashes(word_lists), table["digest"][at : at + len(chunk)], asked)
             for gauge in gauges:
                 for stream, array in zip(files[gauge.place], _measured(gauge, measured), strict=True):
-                    array.tofile(stream)
+                    stream.write(array.tobytes())  # `tofile` would hide that a disk is full
             at += len(chunk)
 
 
@@ -115,6 +138,8 @@ class _Chunk:
     words: list[list[str]]
     hashes: list[np.ndarray]
     digests: np.ndarray
+    asked: dict[int, Asked]
+    """what endpoints have answered, by the stage's place"""
 
 
 def _names(gauge: Gauge) -> list[str]:
@@ -125,7 +150,11 @@ def _names(gauge: Gauge) -> list[str]:
 def _measured(gauge: Gauge, chunk: _Chunk) -> Iterator[np.ndarray]:
     """Arrays with one row a document; rows of documents that the stage does not look at are zero."""
     stage = gauge.stage
-    asked = [at for at, document in enumerate(chunk.documents) if applies(stage.domains, document.domain)]
+    asked = [
+        at
+        for at, document in enumerate(chunk.documents)
+        if compares(stage, document.domain, conversation=document.conversation is not None)
+    ]
     if stage.type == "minhash":
         bands, rows = duplicates.band_shape(stage.permutations, stage.similarity)
         signatures = np.zeros((len(chunk.documents), stage.permutations), np.uint32)
@@ -173,7 +202,8 @@ def _embeddings(gauge: Gauge, chunk: _Chunk, asked: list[int]) -> np.ndarray:
         return found
     texts = [document.text[: stage.embedding.max_chars] for document in chunk.documents]
     # documents of other domains are embedded too, so that a unit's rows have one width even when none is asked for
-    return semantic.unit(np.array(teacher.embed(stage.embedding.base_url, stage.embedding.model, texts), np.float32))
+    rows = teacher.embed(stage.embedding.base_url, stage.embedding.model, texts, chunk.asked[gauge.place])
+    return semantic.unit(np.array(rows, np.float32))
 
 
 @lru_cache(maxsize=2)

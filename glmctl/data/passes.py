@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -71,14 +72,18 @@ class Passes:
                 _do(work, folders[number], arguments(number))
                 yield number
             return
-        with _findable():  # submitting is what starts the processes
-            waiting: dict[Future[None], int] = {
-                self._pool.submit(_do, work, folders[number], arguments(number)): number for number in todo
-            }
+        waiting: dict[Future[None], int] = {}
         try:
+            with _findable():  # submitting is what starts the processes
+                for number in todo:
+                    waiting[self._pool.submit(_do, work, folders[number], arguments(number))] = number
             for future in as_completed(waiting):
                 future.result()
                 yield waiting[future]
+        except BrokenProcessPool as error:
+            raise EnvironmentProblem(
+                "a worker died (out of memory?)", hint="fewer --workers; the same command continues"
+            ) from error
         finally:
             for future in waiting:
                 future.cancel()

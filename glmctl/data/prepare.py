@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from glmctl import __version__, console
-from glmctl.data import curate, encode, mixture, spool, units
+from glmctl.data import curate, encode, hub, mixture, spool, units
 from glmctl.data.encode import SPLITS
 from glmctl.data.passes import Passes, opened
-from glmctl.data.reading import BadRows
+from glmctl.data.reading import BadRows, json_row, numbered_lines, open_maybe_packed
 from glmctl.data.shards import ShardWriter
 from glmctl.data.sources import name_of
 from glmctl.data.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from glmctl.run.directory import Run
 
 REPORT, PROVENANCE, DECISIONS, CLASSIFIERS = "report.json", "provenance.json", "decisions.npz", "classifiers"
-WORK_FORMAT = 3
+WORK_FORMAT = 4
 """raise it when results of earlier versions in a work folder can no longer be used"""
 _LIBRARIES = ("numpy", "rensa", "scikit-learn", "tokenizers", "pyarrow")
 
@@ -59,6 +59,7 @@ def run(recipe: DataRecipe, run: Run) -> dict[str, Any]:
         EnvironmentProblem: the hub or a teacher's endpoint does not answer.
     """
     tokenizer = Tokenizer.load(recipe.tokenizer)
+    recipe = recipe.model_copy(update={"sources": hub.pinned(recipe.sources, run.export.with_name(hub.COMMITS))})
     planned = units.plan(recipe.sources)
     behind = units.fingerprint(recipe.sources)
     read = [units.fingerprint_file(path) for path in stage_files(recipe)]
@@ -74,18 +75,28 @@ def run(recipe: DataRecipe, run: Run) -> dict[str, Any]:
         learnt = work / key[:16] / "learnt"
         scanned = _scan(recipe, passes)
         bad, rows = _bad_rows(recipe, planned, scanned)
+        _require_languages(recipe, planned, scanned)
         decisions = curate.decide(recipe, scanned, passes, learnt)
         factors = mixture.apply(recipe, decisions, scanned, tokenizer)
         encoded = passes.run(
-            "encode", encode.encode, lambda unit: (scanned[unit], decisions.of_unit(unit), recipe, recipe.tokenizer)
+            "encode",
+            encode.encode,
+            lambda unit: (
+                scanned[unit],
+                decisions.of_unit(unit),
+                recipe.sources[planned[unit].source],
+                recipe,
+                recipe.tokenizer,
+            ),
         )
         with atomic.publish(run.export) as folder:
-            writers, counts = _join(recipe, tokenizer, encoded, folder)
+            writers, counts, places = _join(recipe, tokenizer, encoded, folder)
+            mixture.warn_of_misses(recipe.mixture, counts["tokens"]["train"])
             report = _report(writers, counts, bad, tokenizer)
             report |= {"rows": rows, "stages": _stage_reports(recipe, scanned, decisions), "mixture": factors}
             _write_json(folder / REPORT, report)
             _write_json(folder / PROVENANCE, _provenance(recipe, behind, read, report))
-            decisions.save(folder / DECISIONS)
+            decisions.save(folder / DECISIONS, places)
             for classifier in _classifiers(recipe):
                 (folder / CLASSIFIERS).mkdir(exist_ok=True)
                 shutil.copyfile(learnt / classifier, folder / CLASSIFIERS / classifier)
@@ -120,10 +131,41 @@ def _bad_rows(recipe: DataRecipe, planned: Sequence[units.Unit], scanned: Sequen
     return bad, total
 
 
+def _require_languages(recipe: DataRecipe, planned: Sequence[units.Unit], scanned: Sequence[Path]) -> None:
+    """DataError for a `language_field` that no row has: every language would be "", and tiers those of all together."""
+    for place, source in enumerate(recipe.sources):
+        if not (source.type == "jsonl" or source.type == "parquet" or source.type == "huggingface"):
+            continue
+        if source.language_field is None:
+            continue
+        found = [
+            spool.table(folder)["language"]
+            for unit, folder in zip(planned, scanned, strict=True)
+            if unit.source == place
+        ]
+        if sum(map(len, found)) and all((languages == spool.language_key("")).all() for languages in found):
+            more = f"; the first has {', '.join(_first_row(source.paths))}" if source.type == "jsonl" else ""
+            raise DataError(
+                f"sources.{place}.language_field: no row of {name_of(source)} has a language in "
+                f"'{source.language_field}'{more}"
+            )
+
+
+def _first_row(paths: Sequence[str]) -> list[str]:
+    """The fields of the first row of JSON lines, at most a dozen."""
+    for path in units.files_of(paths):
+        with open_maybe_packed(path) as stream:
+            for _, line in numbered_lines(stream):
+                row = json_row(line, str(path), BadRows())
+                if row:
+                    return list(row)[:12]
+    return []
+
+
 def _join(
     recipe: DataRecipe, tokenizer: Tokenizer, encoded: Sequence[Path], folder: Path
-) -> tuple[dict[str, ShardWriter], dict[str, Any]]:
-    """Write the shards of all units in order; returns the writers and the summed counts."""
+) -> tuple[dict[str, ShardWriter], dict[str, Any], np.ndarray]:
+    """Write the shards of all units in order; returns the writers, the summed counts, and each document's place."""
     writers = {
         split: ShardWriter(
             folder / split,
@@ -139,17 +181,29 @@ def _join(
     tokens: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
     documents: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
     lengths: dict[str, dict[str, Counter[str]]] = {split: {} for split in SPLITS}
+    repositories: dict[str, dict[str, Counter[str]]] = {split: {} for split in SPLITS}
+    places = [np.zeros(0, encode.PLACE)]
     with writers["train"], writers["validation"]:
         for unit in encoded:
-            counts = encode.append(unit, writers, tokenizer.vocab_size)
+            counts, found_places = encode.append(unit, writers, tokenizer.vocab_size)
+            places.append(found_places)
             size += counts["bytes"]
             for split in SPLITS:
                 tokens[split].update(counts["tokens"][split])
                 documents[split].update(counts["documents"][split])
                 for domain, found in counts["lengths"][split].items():
                     lengths[split].setdefault(domain, Counter()).update(found)
+                for domain, found in counts["repositories"][split].items():
+                    repositories[split].setdefault(domain, Counter()).update(found)
     _require_both(writers, recipe.validation_fraction)
-    return writers, {"bytes": size, "tokens": tokens, "documents": documents, "lengths": lengths}
+    summed = {
+        "bytes": size,
+        "tokens": tokens,
+        "documents": documents,
+        "lengths": lengths,
+        "repositories": repositories,
+    }
+    return writers, summed, np.concatenate(places)
 
 
 def _report(
@@ -167,6 +221,10 @@ def _report(
         "documents": {split: writers[split].documents for split in SPLITS},
         "documents_by_domain": {split: dict(sorted(counts["documents"][split].items())) for split in SPLITS},
         "lengths": lengths,
+        "repositories": {
+            split: {domain: dict(found) for domain, found in sorted(counts["repositories"][split].items())}
+            for split in SPLITS
+        },
         "unigram_entropy": unigram_entropy(writers["validation"].counts),
         "bad_rows": {"by_kind": dict(bad.kinds), "places": bad.places},
         "tokenizer_hash": tokenizer.hash,
@@ -210,6 +268,7 @@ def _provenance(
             for source, rows, files in zip(recipe.sources, report["rows"], _plain(behind), strict=True)
         ],
         "stages": report["stages"],
+        "repositories": report["repositories"],
         "stage_files": _plain([read])[0],
         "mixture": {domain: count / total for domain, count in train.items()},
         "tokenizer_hash": report["tokenizer_hash"],

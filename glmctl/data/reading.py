@@ -5,19 +5,27 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from glmctl.errors import DataError, EnvironmentProblem, RecipeError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 MAX_ROW_BYTES = 16 * 1024 * 1024
 MAX_EXPANSION = 200
 """a packed file that grows by more than this (past 8 MB) is taken for a bomb"""
+MIN_BOMB_BYTES = 8 * 1024 * 1024
+MAX_WINDOW_BYTES = 1 << 31
+"""of a zstd frame: what `zstd --long=31` writes, and takes to read"""
 
 
 @dataclass
@@ -79,14 +87,17 @@ PACKED = (".gz", ".zst")
 def open_maybe_packed(path: Path) -> Iterator[BinaryIO]:
     """A binary stream of `path`, unpacked when its name ends in .gz or .zst.
 
-    DataError naming the file when it is truncated, damaged, or unpacks to over 200 times its size.
+    DataError naming the file when it is empty, truncated, damaged, or unpacks to over 200 times its size.
     """
     import zstandard
 
     try:
         with open(path, "rb") as raw:
             if path.suffix in PACKED:
-                limit = max(8 * 1024 * 1024, MAX_EXPANSION * path.stat().st_size)
+                size = path.stat().st_size
+                if size == 0:
+                    raise DataError(f"{path}: empty; a packed file of nothing has at least its head")
+                limit = max(MIN_BOMB_BYTES, MAX_EXPANSION * size)
                 stream = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else _Zstandard(raw)
                 yield io.BufferedReader(_Capped(stream, limit, path))
             else:
@@ -113,7 +124,7 @@ class _Zstandard:
         import zstandard
 
         self._raw = raw
-        self._decompressor = zstandard.ZstdDecompressor()
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
         self._frame: Any = None
         self._pending = b""
         self._ready = b""
@@ -151,7 +162,7 @@ class _Capped(io.RawIOBase):
         data = self._stream.read(len(buffer))
         self._left -= len(data)
         if self._left < 0:
-            raise DataError(f"{self._path}: unpacks to more than {MAX_EXPANSION} times its size")
+            raise _bomb(self._path)
         buffer[: len(data)] = data
         return len(data)
 
@@ -190,28 +201,153 @@ def json_row(line: bytes | None, place: str, bad: BadRows) -> dict[str, Any] | N
     return row
 
 
-def parquet_rows(
-    path: Path, *, columns: Sequence[str] | None = None, group: int | None = None, first: int = 1
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(`path:row`, row) of a Parquet file, or of its row group `group`, whose first row has the number `first`.
+# ------------------------------------------------------------------ Parquet
 
-    DataError when the file is damaged or lacks one of `columns` (None: all of them).
+_ROWS_AT_ONCE = 256
+_DICTIONARY_PAGE = 2
+MAX_BATCH_BYTES = 256 * 1024 * 1024
+"""most text that is unpacked from a Parquet column's dictionary at once"""
+
+
+def parquet_texts(
+    path: Path, columns: Sequence[str], bad: BadRows, *, group: int | None = None, first: int = 1
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(`path:row`, row) of flat columns of a Parquet file, or of its row group `group`, whose first row is `first`.
+
+    Text that is no UTF-8, holds NUL, or is longer than 16 MB makes a bad row. DataError when the file is damaged, lacks
+    one of `columns`, or unpacks to over 200 times its size.
     """
+    with open_parquet(path) as file:
+        missing = [name for name in columns if name not in file.schema_arrow.names]
+        if missing:
+            raise DataError(f"{path}: no column '{missing[0]}'; one of: {', '.join(file.schema_arrow.names[:12])}")
+        number = first
+        for batch in _batches(path, file, columns, group):
+            values = [_undecoded(column) for column in batch.columns]
+            for at in range(len(batch)):
+                place = f"{path}:{number}"
+                number += 1
+                row = _text_row(batch.schema.names, values, at, place, bad)
+                if row is not None:
+                    yield place, row
+
+
+def parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+    """(`path:row`, row with whatever its columns hold, or what is wrong with it).
+
+    DataError when the file is damaged, or unpacks to over 200 times its size.
+    """
+    number = 0
+    with open_parquet(path) as file:
+        for batch in _batches(path, file, None, None):
+            for at in range(len(batch)):
+                number += 1
+                yield f"{path}:{number}", _row(batch.slice(at, 1))
+
+
+def _row(batch: pa.RecordBatch) -> dict[str, Any] | DataError:
+    if batch.nbytes > MAX_ROW_BYTES:
+        return DataError(f"the row is longer than {MAX_ROW_BYTES >> 20} MB")
+    try:
+        (row,) = batch.to_pylist()
+    except UnicodeDecodeError as error:
+        return DataError(f"not UTF-8 text: {error}")
+    found: dict[str, Any] = row
+    return found
+
+
+def _text_row(
+    names: Sequence[str], columns: Sequence[tuple[bool, list[Any]]], at: int, place: str, bad: BadRows
+) -> dict[str, Any] | None:
+    """Row `at` of some columns as `_undecoded` gives them; None and one bad row when a cell of text is bad."""
+    row: dict[str, Any] = {}
+    for name, (is_text, cells) in zip(names, columns, strict=True):
+        row[name] = cells[at]
+        if not is_text or cells[at] is None:
+            continue
+        if len(cells[at]) > MAX_ROW_BYTES:
+            bad.add("too long", place)
+            return None
+        row[name] = decoded(cells[at], place, bad)
+        if row[name] is None:
+            return None
+    return row
+
+
+def _undecoded(column: pa.Array) -> tuple[bool, list[Any]]:
+    """(whether a column is text, its values): text as bytes, because one cell that is no UTF-8 would fail them all."""
+    import pyarrow as pa
+
+    kind = column.type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return is_text, (column.cast(pa.large_binary()) if is_text else column).to_pylist()
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    """The Parquet file at `path`. What goes wrong with it inside the context names it: DataError when it is damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            missing = [name for name in columns or () if name not in file.schema_arrow.names]
-            if missing:
-                raise DataError(f"{path}: no column '{missing[0]}'; one of: {', '.join(file.schema_arrow.names[:12])}")
-            groups = None if group is None else [group]
-            number = first
-            for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=columns):
-                for row in batch.to_pylist():
-                    yield f"{path}:{number}", row
-                    number += 1
+            yield file
     except FileNotFoundError as error:
         raise RecipeError(f"{path}: no such file") from error
-    except (pa.ArrowInvalid, OSError) as error:
+    except PermissionError as error:
+        raise EnvironmentProblem(f"{path}: {error.strerror}") from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a name in the metadata
         raise DataError(f"{path}: damaged Parquet file: {error}") from error
+
+
+def _batches(
+    path: Path, file: pq.ParquetFile, columns: Sequence[str] | None, group: int | None
+) -> Iterator[pa.RecordBatch]:
+    """Rows a few at a time: a few bytes of a dictionary's index may each stand for megabytes."""
+    import pyarrow as pa
+
+    about = file.metadata
+    leaves = range(about.num_columns)
+    wanted = [at for at in leaves if columns is None or file.schema.column(at).path.split(".")[0] in columns]
+    for number in range(about.num_row_groups) if group is None else [group]:
+        part = about.row_group(number)
+        # an error of damaged metadata is an exception in the reader, and the end of the process in `part.column`
+        if next(file.iter_batches(batch_size=1, row_groups=[number], columns=columns), None) is None:
+            continue
+        chunks = [part.column(at) for at in wanted]
+        packed = sum(chunk.total_compressed_size for chunk in chunks)
+        left = max(MIN_BOMB_BYTES // about.num_row_groups, MAX_EXPANSION * packed)
+        dictionaries = sum(_dictionary_bytes(path, chunk) for chunk in chunks)
+        if sum(chunk.total_uncompressed_size for chunk in chunks) > left or dictionaries > MAX_BATCH_BYTES:
+            raise _bomb(path)
+        rows = max(1, min(_ROWS_AT_ONCE, MAX_BATCH_BYTES // max(1, dictionaries)))
+        for batch in file.iter_batches(batch_size=rows, row_groups=[number], columns=columns):
+            arrays = [c.dictionary_decode() if pa.types.is_dictionary(c.type) else c for c in batch.columns]
+            unpacked = pa.RecordBatch.from_arrays(arrays, names=batch.schema.names)
+            left -= unpacked.nbytes
+            if left < 0:
+                raise _bomb(path)
+            yield unpacked
+
+
+def _dictionary_bytes(path: Path, chunk: pq.ColumnChunkMetaData) -> int:
+    """Unpacked size of the page of values that a column's part begins with, 0 when it begins with another page.
+
+    The file's metadata does not tell, the page's head does: Thrift's compact protocol, field 1 its kind, field 2 this.
+    """
+    start = chunk.data_page_offset
+    if chunk.has_dictionary_page and 0 < (chunk.dictionary_page_offset or 0) < start:
+        start = chunk.dictionary_page_offset
+    with open(path, "rb") as stream:
+        stream.seek(start)
+        head = stream.read(16)
+    # a field is 0x15 (the next one, an i32) and a number in groups of 7 bits, twice its value
+    found = re.match(rb"\x15([\x80-\xff]{0,4}[\x00-\x7f])\x15([\x80-\xff]{0,4}[\x00-\x7f])", head, re.DOTALL)
+    if found is None:
+        raise DataError(f"{path}: damaged Parquet file: no page at byte {start}")
+    kind, size = (sum((byte & 0x7F) << 7 * at for at, byte in enumerate(field)) >> 1 for field in found.groups())
+    return size if kind == _DICTIONARY_PAGE else 0
+
+
+def _bomb(path: Path) -> DataError:
+    return DataError(f"{path}: unpacks to more than {MAX_EXPANSION} times its size")

@@ -11,20 +11,21 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from glmctl import console
+from glmctl.data import hub
+from glmctl.data.asked import Asked, Request, sendable
+from glmctl.data.reading import BadRows
 from glmctl.data.sources import documents
-from glmctl.data.teacher import CONCURRENCY, client_of
-from glmctl.errors import DataError, EnvironmentProblem
+from glmctl.data.teacher import client_of
+from glmctl.errors import DataError
 from glmctl.run import atomic
 
 if TYPE_CHECKING:
-    from openai import OpenAI
-
     from glmctl.recipe.data import ReasoningRecipe
     from glmctl.run.directory import Run
 
@@ -53,6 +54,8 @@ _DENIALS = {
 """words of a sentence after which the answer at its end is not what it says"""
 _THINK = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.DOTALL)
 MAX_QUESTION_CHARS, MAX_ANSWER_WORDS = 2000, 8
+ASKED = "asked.jsonl"
+"""in the run: the teacher's replies as they come, until there is an export"""
 
 
 @dataclass(frozen=True)
@@ -141,12 +144,16 @@ def split_reasoning(message: Any) -> tuple[str, str]:
 def run(recipe: ReasoningRecipe, run: Run) -> dict[str, Any]:
     """Mine pairs, ask the teacher, keep what agrees: `conversations.jsonl` in the run's export, and `report.json`.
 
+    Every reply is written down as it comes, so an interrupted run asks only what is missing.
+
     Raises:
-        DataError: the sources hold no pairs, or no trace was right.
+        DataError: the sources hold no pairs, too many bad rows, or no trace was right.
         EnvironmentProblem: the teacher does not answer.
     """
     pairs: dict[str, Pair] = {}
-    for document in documents(recipe.sources, recipe.seed):
+    bad = BadRows()
+    sources = hub.pinned(recipe.sources, run.export.with_name(hub.COMMITS))
+    for document in documents(sources, recipe.seed, bad=bad):
         for pair in mine(document.text, document.path):
             pairs.setdefault(pair.question, pair)
         if len(pairs) >= recipe.questions:
@@ -154,52 +161,63 @@ def run(recipe: ReasoningRecipe, run: Run) -> dict[str, Any]:
     chosen = list(pairs.values())[: recipe.questions]
     if not chosen:
         raise DataError("the sources hold no marked questions with answers that can be checked")
-    rows, counts = _ask(recipe, chosen)
+    if bad.total:
+        console.warn(f"{bad.total} rows left out: {bad.summary()}")
+    journal = run.export.with_name(ASKED)
+    rows, counts = _ask(recipe, chosen, Asked(journal))
     if not rows:
+        journal.unlink()  # the same replies would be as wrong again
         raise DataError(f"none of {counts['traces']} traces ends in the answer that the text gives")
     with atomic.publish(run.export) as folder:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / "conversations.jsonl").write_text(lines, encoding="utf-8")
-        (folder / "report.json").write_text(json.dumps(dict(counts), indent=2) + "\n", encoding="utf-8")
-    return dict(counts)
+        report = {**counts, "bad_rows": {"by_kind": dict(bad.kinds), "places": bad.places}}
+        (folder / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    journal.unlink()
+    return {**counts, "bad_rows": bad.total}
 
 
-def _ask(recipe: ReasoningRecipe, pairs: Sequence[Pair]) -> tuple[list[dict[str, Any]], Counter[str]]:
+def _ask(recipe: ReasoningRecipe, pairs: Sequence[Pair], asked: Asked) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Verified conversations in the pairs' order, at most `keep_per_question` each, and what was counted."""
-    from openai import OpenAIError
+    teacher = recipe.teacher
+    client = client_of(teacher.base_url)
 
-    client = client_of(recipe.teacher.base_url)
+    def samples(request: Request) -> list[tuple[str, str]]:
+        reply = client.chat.completions.create(**request)
+        return [_whole(split_reasoning(choice.message)) for choice in reply.choices]
+
+    requests = [
+        {
+            "model": teacher.model,
+            "messages": [{"role": "user", "content": sendable(pair.question)}],
+            "n": recipe.samples,
+            "temperature": teacher.temperature,
+            "max_tokens": teacher.max_tokens,
+        }
+        for pair in pairs
+    ]
     counts: Counter[str] = Counter(questions=len(pairs), traces=0, wrong=0, without_reasoning=0, kept=0)
     rows = []
-    with ThreadPoolExecutor(CONCURRENCY) as pool, console.progress("reasoning", len(pairs), "question") as progress:
-        try:
-            for pair, replies in zip(pairs, pool.map(lambda pair: _samples(client, recipe, pair), pairs), strict=True):
-                kept = 0
-                for reasoning, content in replies:
-                    counts["traces"] += 1
-                    if not agrees(content, pair.answer):
-                        counts["wrong"] += 1
-                    elif not reasoning:
-                        counts["without_reasoning"] += 1
-                    elif kept < recipe.keep_per_question:
-                        kept += 1
-                        said = {"role": "assistant", "content": content, "reasoning_content": reasoning}
-                        rows.append({"messages": [{"role": "user", "content": pair.question}, said], "path": pair.path})
-                counts["kept"] += kept
-                progress.advance(kept=counts["kept"])
-        except OpenAIError as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise EnvironmentProblem(f"{recipe.teacher.base_url}: the teacher does not answer: {error}") from error
+    found = asked.answers(requests, samples, teacher.base_url)
+    with closing(found), console.progress("reasoning", len(pairs), "question") as progress:
+        for pair, replies in zip(pairs, found, strict=True):
+            kept = 0
+            for reasoning, content in replies:
+                counts["traces"] += 1
+                if not agrees(content, pair.answer):
+                    counts["wrong"] += 1
+                elif not reasoning:
+                    counts["without_reasoning"] += 1
+                elif kept < recipe.keep_per_question:
+                    kept += 1
+                    question = {"role": "user", "content": sendable(pair.question)}
+                    said = {"role": "assistant", "content": content, "reasoning_content": reasoning}
+                    rows.append({"messages": [question, said], "path": pair.path})
+            counts["kept"] += kept
+            progress.advance(kept=counts["kept"])
     return rows, counts
 
 
-def _samples(client: OpenAI, recipe: ReasoningRecipe, pair: Pair) -> list[tuple[str, str]]:
-    teacher = recipe.teacher
-    reply = client.chat.completions.create(
-        model=teacher.model,
-        messages=[{"role": "user", "content": pair.question}],
-        n=recipe.samples,
-        temperature=teacher.temperature,
-        max_tokens=teacher.max_tokens,
-    )
-    return [split_reasoning(choice.message) for choice in reply.choices]
+def _whole(reply: tuple[str, str]) -> tuple[str, str]:
+    """A reply, or an empty one when half a character is in it (a lone surrogate): no file and no tokenizer takes it."""
+    return reply if all(sendable(text) == text for text in reply) else ("", "")

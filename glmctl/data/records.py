@@ -116,7 +116,7 @@ def _skip(text: str, at: int, passed: str) -> int:
     return at
 
 
-def _without_nulls(found: Iterator[tuple[str, Mapping[str, Any]]]) -> Iterator[Record]:
+def _without_nulls(found: Iterator[tuple[str, Mapping[str, Any] | DataError]]) -> Iterator[Record]:
     """Rows of Arrow tables, where every message has every key of any message: those that are null were not there."""
     for place, row in found:
         yield place, _pruned(row)

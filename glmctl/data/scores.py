@@ -281,6 +281,20 @@ def length(text: str, words: Sequence[str], language: str) -> float:
     return float(len(text))
 
 
+_TELLING = frozenset(["the", "and", "that", "with", "this", "are", "from", "which", "的", "了", "这"])
+"""stop words that no other widely written language has (Dutch has `of`, `is` and `in` too)"""
+_OWN_WORDS = {"web": _TELLING, "educational": _TELLING | _EXPLAINS, "math": _TELLING | _MATHEMATICS}
+_MIN_OWN = 0.02
+"""share of a text's words; English and Chinese have several times as many"""
+
+
+def reads(what: str, text: str, words: Sequence[str]) -> bool:
+    """Whether a text is in a language of which the heuristic `what` has words; those without words read all."""
+    if what not in _OWN_WORDS or not words or _density(text, words, _OWN_WORDS[what]) >= _MIN_OWN:
+        return True
+    return what == "math" and _FORMULA.search(text) is not None
+
+
 HEURISTICS: dict[str, Callable[[str, Sequence[str], str], float]] = {
     "web": web,
     "educational": educational,

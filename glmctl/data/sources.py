@@ -18,7 +18,8 @@ from glmctl.data import history, hub, repository, retrieval
 from glmctl.data.chat import render_text
 from glmctl.data.conversations import Conversation, conversation_of
 from glmctl.data.language import programming_language
-from glmctl.data.reading import BadRows, decoded, json_row, numbered_lines, open_maybe_packed, parquet_rows
+from glmctl.data.reading import BadRows, decoded, json_row, numbered_lines, open_maybe_packed, parquet_texts
+from glmctl.data.repository import Links
 from glmctl.data.units import Span, Unit, plan, tree_root
 from glmctl.errors import DataError
 
@@ -53,11 +54,22 @@ class Document:
     """0, 1, ... when its weight shows it more than once an epoch"""
     conversation: Conversation | None = None
     """what `text` is the rendering of; its tokens are then the chat template's, so contents cannot open a turn"""
+    header: str = ""
+    """a line that is shown in front of the text, and that no stage looks at"""
+    repository: str | None = None
+    """which repository of its source it is a file of, when its files are to share contexts"""
+    links: Links | None = None
+    """what a repository's file refers to"""
 
     @property
     def digest(self) -> bytes:
         """SHA-256 of the text: decides everything random about a document, wherever it stands."""
         return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).digest()
+
+    @property
+    def size(self) -> int:
+        """UTF-8 bytes of header and text."""
+        return len((self.header + self.text).encode("utf-8", "surrogatepass"))
 
 
 def documents(sources: Sequence[Source], seed: int, *, bad: BadRows | None = None) -> Iterator[Document]:
@@ -105,7 +117,7 @@ def _limited(found: Iterable[Document], max_bytes: int | None) -> Iterator[Docum
     """Documents up to `max_bytes` of UTF-8 text; the one that would pass it is the last not given."""
     left = float("inf") if max_bytes is None else max_bytes
     for document in found:
-        left -= len(document.text.encode("utf-8", "surrogatepass"))
+        left -= document.size
         if left < 0:
             return
         yield document
@@ -114,7 +126,7 @@ def _limited(found: Iterable[Document], max_bytes: int | None) -> Iterator[Docum
 def _read(unit: Unit, source: Source, bad: BadRows) -> Iterator[Document]:
     if source.type == "source_tree":
         for span in unit.spans:
-            yield from _read_package(span, source, bad)
+            yield from _read_files(span, source, bad)
     elif source.type == "repository_history":
         yield from _read_history(unit, source, bad)
     elif source.type == "bundled":
@@ -189,7 +201,7 @@ def _rows(
         return
     if source.type == "parquet":
         wanted = [name for name in (source.field, source.language_field) if name is not None]
-        yield from parquet_rows(Path(span.path), columns=wanted, group=span.start, first=span.first)
+        yield from parquet_texts(Path(span.path), wanted, bad, group=span.start, first=span.first)
         return
     for place, line in _lines(span):
         row = json_row(line, place, bad)
@@ -242,20 +254,24 @@ def _row_text(row: dict[str, Any], name: str, place: str, bad: BadRows) -> str |
 # ------------------------------------------------------------------ repositories
 
 
-def _read_package(span: Span, source: SourceTree, bad: BadRows) -> Iterator[Document]:
+def _read_files(span: Span, source: SourceTree, bad: BadRows) -> Iterator[Document]:
     root = tree_root(source.root)
-    files: dict[str, str] = {}
+    linker = repository.Linker(root)
     for path in span.members:
-        text = decoded((root / path).read_bytes(), str(root / path), bad)
-        if text is not None and text.strip():
-            files[path] = text
-    if source.repo_level:
-        joined = list(repository.join(files, source.max_chars, root))
-    else:
-        joined = [(path, repository.headed(path, text)) for path, text in files.items()]
-    for path, text in joined:
+        try:
+            data = (root / path).read_bytes()
+        except FileNotFoundError:
+            bad.add("link to nothing", str(root / path))
+            continue
+        text = decoded(data, str(root / path), bad)
+        if text is None or not text.strip():
+            continue
+        document = Document("", source.domain, path, True, programming_language(path), header=repository.header(path))
+        if source.repo_level:
+            document = replace(document, repository=span.path, links=linker.links(path, text))
         for part in split_long(text):
-            yield Document(part, source.domain, path, True, programming_language(path))
+            yield replace(document, text=part)
+            document = replace(document, header="")
 
 
 def _read_history(unit: Unit, source: RepositoryHistory, bad: BadRows) -> Iterator[Document]:

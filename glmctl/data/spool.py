@@ -14,6 +14,7 @@ import numpy as np
 
 from glmctl.data.conversations import Conversation
 from glmctl.data.reading import BadRows
+from glmctl.data.repository import Links
 from glmctl.data.sources import Document, read
 from glmctl.data.stages import Page, applies, judge
 
@@ -56,9 +57,9 @@ def scan(folder: Path, unit: Unit, source: Source, stages: Sequence[LocalStage],
             digest = np.frombuffer(kept.digest[:16], "<u8")
             records.append((digest, start, size, unit.source, language_key(kept.language), epochs))
             if len(records) == _RECORDS_AT_ONCE:
-                np.array(records, RECORD).tofile(table)
+                table.write(np.array(records, RECORD).tobytes())  # `tofile` would hide that a disk is full
                 records.clear()
-        np.array(records, RECORD).tofile(table)
+        table.write(np.array(records, RECORD).tobytes())
     counts = {
         "rows": rows,
         "stages": [{"in": total, "reasons": dict(found)} for total, found in zip(seen, reasons, strict=True)],
@@ -92,16 +93,33 @@ def _through(
 
 def _line(document: Document) -> bytes:
     talk = document.conversation.row() if document.conversation is not None else None
-    row = [document.text, document.domain, document.path, document.is_code, document.language, talk]
+    row = [document.text, document.domain, document.path, document.is_code, document.language, talk, document.header]
+    if document.repository is not None and document.links is not None:
+        row += [document.repository, document.links.names, document.links.needs, document.links.mentions]
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
 
 
 def _document(line: bytes) -> Document:
-    text, domain, path, is_code, language, talk = json.loads(line.decode("utf-8", "surrogatepass"))
+    row = json.loads(line.decode("utf-8", "surrogatepass"))
+    text, domain, path, is_code, language, talk, header, *more = row
     conversation = None
     if talk is not None:
         conversation = Conversation(talk["messages"], talk.get("tools"), talk["enable_thinking"])
-    return Document(text, domain, path, is_code, language, conversation=conversation)
+    repository, links = None, None
+    if more:
+        repository, names, needs, mentions = more
+        links = Links(tuple((name, top) for name, top in names), tuple(needs), tuple(mentions))
+    return Document(
+        text,
+        domain,
+        path,
+        is_code,
+        language,
+        conversation=conversation,
+        header=header,
+        repository=repository,
+        links=links,
+    )
 
 
 def documents(folder: Path) -> Iterator[Document]:

@@ -15,9 +15,10 @@ from glmctl.data.words import hashes, words
 
 if TYPE_CHECKING:
     from glmctl.data.sources import Document
-    from glmctl.recipe.curation import CodePages, CodeRules, Language, WebRules
+    from glmctl.recipe.curation import CodePages, CodeRules, Exact, Language, MinHash, Score, Semantic, WebRules
 
     LocalStage = WebRules | CodeRules | Language | CodePages
+    ComparingStage = Exact | MinHash | Semantic | Score
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,15 @@ class Page:
 def applies(domains: list[str] | None, domain: str) -> bool:
     """Whether a stage limited to `domains` looks at a document of `domain`."""
     return domains is None or domain in domains
+
+
+def compares(stage: ComparingStage, domain: str, *, conversation: bool) -> bool:
+    """Whether a stage that compares documents looks at one of `domain`.
+
+    Conversations pass all but `exact`: those with one list of tools are near duplicates by that list alone, and
+    scores are made for prose and code.
+    """
+    return applies(stage.domains, domain) and (stage.type == "exact" or not conversation)
 
 
 def judge(stage: LocalStage, page: Page) -> tuple[Page, Verdict]:

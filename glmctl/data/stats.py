@@ -26,7 +26,7 @@ def read(path: Path) -> dict[str, Any]:
         report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{file}: not JSON: {error}") from error
-    if not isinstance(report, dict) or "stages" not in report or "lengths" not in report:
+    if not isinstance(report, dict) or not {"stages", "lengths", "repositories"} <= report.keys():
         raise DataError(f"{file}: not a report of this version", hint="prepare the data again")
     return report
 
@@ -63,6 +63,7 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
         },
         "dropped": dict(sorted(dropped.items(), key=lambda item: -item[1])),
         "bad_rows": report["bad_rows"]["by_kind"],
+        "repositories": report["repositories"],
         "stages": report["stages"],
     }
 
@@ -88,6 +89,13 @@ def show(figures: dict[str, Any]) -> None:
         for low, count in figures["lengths"].items()
     ]
     console.table("Lengths", ["tokens", "documents", ""], bars)
+    contexts = [
+        [split, domain, number(found["files"]), number(found["contexts"])]
+        for split in SPLITS
+        for domain, found in figures["repositories"][split].items()
+    ]
+    if contexts:
+        console.table("Repositories", ["split", "domain", "files", "contexts"], contexts)
     if figures["stages"]:
         stages = [
             [stage.get("name", stage["type"]), number(stage["in"]), number(stage["in"] - stage["out"]), _said(stage)]

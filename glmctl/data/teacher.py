@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+from glmctl.data.asked import Asked, Request, sendable
 from glmctl.data.reading import numbered_lines, open_maybe_packed
 from glmctl.data.scores import HEURISTICS
 from glmctl.data.units import files_of
 from glmctl.data.words import words
-from glmctl.errors import DataError, EnvironmentProblem
+from glmctl.errors import DataError
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -22,25 +22,23 @@ if TYPE_CHECKING:
     from glmctl.data.sources import Document
     from glmctl.recipe.curation import EndpointTeacher, Heuristic, LabelsTeacher
 
-CONCURRENCY = 8
 MAX_UNREADABLE = 0.1
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 def rate(
-    teacher: Heuristic | EndpointTeacher | LabelsTeacher, sample: Sequence[Document]
+    teacher: Heuristic | EndpointTeacher | LabelsTeacher, sample: Sequence[Document], asked: Asked
 ) -> tuple[list[str], list[float]]:
     """(texts, scores in [0, 1]) to learn from: the sample's, or those of `labels`, which brings its own texts.
 
+    asked: what an endpoint has answered before.
     EnvironmentProblem when an endpoint does not answer; DataError when its replies hold no numbers.
     """
     if teacher.type == "labels":
         return read_labels(teacher.paths)
     texts = [document.text for document in sample]
     if teacher.type == "endpoint":
-        found = ask(teacher, texts)
+        found = ask(teacher, texts, asked)
         return [text for text, score in zip(texts, found, strict=True) if score is not None], [
             score for score in found if score is not None
         ]
@@ -48,20 +46,28 @@ def rate(
     return texts, [score(document.text, words(document.text), document.language) for document in sample]
 
 
-def ask(teacher: EndpointTeacher, texts: Sequence[str]) -> list[float | None]:
+def ask(teacher: EndpointTeacher, texts: Sequence[str], asked: Asked) -> list[float | None]:
     """The endpoint's score of each text, None where its reply holds no number."""
-    from openai import OpenAIError
-
     client = client_of(teacher.base_url)
 
-    def one(text: str) -> float | None:
-        content = teacher.prompt.replace("{text}", text[: teacher.max_chars])
-        reply = client.chat.completions.create(
-            model=teacher.model, messages=[{"role": "user", "content": content}], temperature=0.0, max_tokens=16
-        )
-        return parse_score(reply.choices[0].message.content or "", teacher.scale)
+    def one(request: Request) -> str | None:
+        reply = client.chat.completions.create(**request)
+        found = _NUMBER.search(reply.choices[0].message.content or "")
+        return found.group() if found else None
 
-    scores = _all(one, texts, teacher.base_url, OpenAIError)
+    requests = [
+        {
+            "model": teacher.model,
+            "messages": [
+                {"role": "user", "content": teacher.prompt.replace("{text}", sendable(text[: teacher.max_chars]))}
+            ],
+            "temperature": 0.0,
+            "max_tokens": 16,
+        }
+        for text in texts
+    ]
+    found = asked.answers(requests, one, teacher.base_url)
+    scores = [parse_score(number or "", teacher.scale) for number in found]
     missing = sum(score is None for score in scores)
     if missing > MAX_UNREADABLE * len(texts):
         raise DataError(
@@ -70,17 +76,15 @@ def ask(teacher: EndpointTeacher, texts: Sequence[str]) -> list[float | None]:
     return scores
 
 
-def embed(base_url: str, model: str, texts: Sequence[str]) -> list[list[float]]:
+def embed(base_url: str, model: str, texts: Sequence[str], asked: Asked) -> list[list[float]]:
     """The endpoint's embedding of each text. EnvironmentProblem when it does not answer."""
-    from openai import OpenAIError
-
     client = client_of(base_url)
 
-    def some(part: Sequence[str]) -> list[list[float]]:
-        return [row.embedding for row in client.embeddings.create(model=model, input=list(part)).data]
+    def some(request: Request) -> list[list[float]]:
+        return [row.embedding for row in client.embeddings.create(**request).data]
 
-    parts = [texts[at : at + 32] for at in range(0, len(texts), 32)]
-    return [row for rows in _all(some, parts, base_url, OpenAIError) for row in rows]
+    requests = [{"model": model, "input": list(map(sendable, texts[at : at + 32]))} for at in range(0, len(texts), 32)]
+    return [row for rows in asked.answers(requests, some, base_url) for row in rows]
 
 
 def parse_score(reply: str, scale: float) -> float | None:
@@ -113,15 +117,6 @@ def _label(line: bytes | None, place: str) -> tuple[str, float]:
     if not isinstance(score, int | float) or not 0 <= score <= 1 or not isinstance(row.get("text"), str):
         raise DataError(f"{place}: a label is {{'text': ..., 'score': 0 to 1}}")
     return row["text"], float(score)
-
-
-def _all(call: Callable[[_T], _R], items: Sequence[_T], where: str, failure: type[Exception]) -> list[_R]:
-    with ThreadPoolExecutor(CONCURRENCY) as pool:
-        try:
-            return list(pool.map(call, items))
-        except failure as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise EnvironmentProblem(f"{where}: the endpoint does not answer: {error}") from error
 
 
 def client_of(base_url: str) -> OpenAI:

@@ -1,8 +1,8 @@
 """Work units: the sources of a recipe cut into pieces that are read apart, the same whatever reads them.
 
 A unit is a few megabytes of one source: some files, a range of lines of a large file, some row groups of a Parquet
-file, some packages of a source tree. A source with `max_bytes` is one unit, because where it ends depends on all that
-comes before; so is a packed file, which can only be read from its start. Units are in the order of the documents.
+file, some repositories of a source tree. A source with `max_bytes` is one unit, because where it ends depends on all
+that comes before; so is a packed file, which can only be read from its start. Units are in the order of the documents.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from io import BufferedReader
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glmctl.data.reading import PACKED
-from glmctl.errors import DataError, EnvironmentProblem, RecipeError, unknown
+from glmctl.data.hub import is_on_hub
+from glmctl.data.reading import PACKED, open_parquet
+from glmctl.errors import EnvironmentProblem, RecipeError, unknown
 
 if TYPE_CHECKING:
     from glmctl.recipe.schema import (
@@ -35,6 +37,12 @@ if TYPE_CHECKING:
     FileSource = TextSource | JsonLinesSource | ParquetSource | ConversationsSource | RepositoryHistory
 
 UNIT_BYTES = 8 * 1024 * 1024
+REPOSITORY_BYTES = 64 * 1024 * 1024
+"""a larger repository is read, and made into contexts, in parts of whole folders"""
+ROOT_MARKS = (".git", "pyproject.toml", "setup.py", "package.json", "go.mod", "Cargo.toml", "__init__.py")
+"""a folder with one of them is a repository"""
+LOOSE = "."
+"""the repository of a whole tree, or of the files beside its folders"""
 PACKED_GROWTH = 3
 """how much a packed file is taken to grow, for progress only"""
 _INTERPRETER = {"stdlib": "stdlib", "packages": "purelib"}
@@ -50,7 +58,7 @@ class Span:
     stop: int | None = None
     first: int = 1
     members: tuple[str, ...] = ()
-    """the files of a group of a source tree, `path` then being the group's name"""
+    """the files of a repository, `path` then being its name"""
 
 
 @dataclass(frozen=True)
@@ -69,8 +77,11 @@ class SourceFile:
     """A file that the data depends on, as the manifest names it."""
 
     path: str
+    """of a data set of the hub `hf://datasets/NAME@COMMIT`, which names its content"""
     size: int
+    """bytes; 0 for a data set of the hub"""
     sha256: str
+    """hex; empty for a data set of the hub"""
 
 
 def plan(sources: Sequence[Source], unit_bytes: int | None = None) -> list[Unit]:
@@ -80,8 +91,15 @@ def plan(sources: Sequence[Source], unit_bytes: int | None = None) -> list[Unit]
 
 
 def fingerprint(sources: Sequence[Source]) -> list[list[SourceFile]]:
-    """Size and SHA-256 of every file behind each source; none for what ships with glmctl or comes from the network."""
-    return [[fingerprint_file(path) for path in _behind(source)] for source in sources]
+    """Size and SHA-256 of every file behind each source, none for what ships with glmctl; the commit of a data set of
+    the hub, whose source is `hub.pinned`.
+    """
+    return [
+        [SourceFile(f"hf://datasets/{source.dataset}@{source.revision}", 0, "")]
+        if source.type == "huggingface" and is_on_hub(source)
+        else [fingerprint_file(path) for path in _behind(source)]
+        for source in sources
+    ]
 
 
 def fingerprint_file(path: Path) -> SourceFile:
@@ -101,13 +119,18 @@ def files_of(paths: Sequence[str]) -> list[Path]:
         if path.is_file():
             found.append(path)
         elif path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+            found += sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path)))
         else:
             matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
             if not matches:
                 raise RecipeError(f"{name}: no such file or folder")
             found += [p for p in matches if p.is_file()]
     return found
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether a part of a path below a source's folder begins with a dot: `.git`, a download's `.cache`."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def located(name: str) -> Path:
@@ -132,9 +155,24 @@ def tree_root(root: str) -> Path:
     return path
 
 
-def tree_groups(source: SourceTree, root: Path) -> dict[str, list[str]]:
-    """Group -> relative paths. A group is a top folder; a loose file is its own, unless the root is a package."""
-    groups: dict[str, list[str]] = {}
+def repositories(source: SourceTree, root: Path) -> dict[str, list[str]]:
+    """Repository -> relative paths of its files, which the plan and the contexts keep together.
+
+    The root is one repository, or each folder below it with one more of the files beside them, as `source.repositories`
+    says: `auto` is the root when it holds one of `ROOT_MARKS`. Without `repo_level` a loose file is its own.
+    """
+    marked = any((root / mark).exists() for mark in ROOT_MARKS)
+    one = source.repo_level and (source.repositories == "root" or (source.repositories == "auto" and marked))
+    found: dict[str, list[str]] = {}
+    for path in _tree_files(source, root):
+        folder, _, below = path.partition("/")
+        found.setdefault(LOOSE if one else folder if below else LOOSE if source.repo_level else path, []).append(path)
+    # by hash of the name, so that a limit on bytes takes a fair sample of the tree
+    return {key: found[key] for key in sorted(found, key=lambda key: hashlib.sha256(key.encode()).digest())}
+
+
+def _tree_files(source: SourceTree, root: Path) -> Iterator[str]:
+    """Relative paths of the files that `source` names, folder by folder; among them links that lead nowhere."""
 
     def excluded(name: str) -> bool:
         return any(fnmatch(name, pattern) for pattern in source.exclude)
@@ -142,13 +180,11 @@ def tree_groups(source: SourceTree, root: Path) -> dict[str, list[str]]:
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = sorted(name for name in subfolders if not excluded(name) and not name.startswith("."))
         for name in sorted(names):
+            path = Path(folder) / name
             if excluded(name) or not any(fnmatch(name, pattern) for pattern in source.include):
                 continue
-            path = (Path(folder) / name).relative_to(root).as_posix()
-            loose = "/" not in path and not (root / "__init__.py").is_file()
-            groups.setdefault(path if loose else path.split("/")[0] if "/" in path else ".", []).append(path)
-    # by hash of the name, so that a limit on bytes takes a fair sample of the tree
-    return {key: groups[key] for key in sorted(groups, key=lambda key: hashlib.sha256(key.encode()).digest())}
+            if path.is_file() or not path.exists():  # no pipes: they would never end
+                yield path.relative_to(root).as_posix()
 
 
 def _plan_source(place: int, source: Source, unit_bytes: int) -> Iterator[Unit]:
@@ -182,8 +218,35 @@ def _plan_source(place: int, source: Source, unit_bytes: int) -> Iterator[Unit]:
 
 def _tree_spans(source: SourceTree) -> Iterator[tuple[Span, int]]:
     root = tree_root(source.root)
-    for key, paths in tree_groups(source, root).items():
-        yield Span(key, members=tuple(paths)), sum((root / path).stat().st_size for path in paths)
+    for key, paths in repositories(source, root).items():
+        sizes = [(path, (root / path).stat().st_size if (root / path).is_file() else 0) for path in paths]
+        parts = list(_cut_by_folders(sizes))
+        for number, part in enumerate(parts, start=1):
+            name = key if len(parts) == 1 else f"{key}, part {number}"
+            yield Span(name, members=tuple(path for path, _ in part)), sum(size for _, size in part)
+
+
+def _cut_by_folders(files: Sequence[tuple[str, int]], depth: int = 0) -> Iterator[list[tuple[str, int]]]:
+    """(path, size) of a repository in parts of at most `REPOSITORY_BYTES`; a folder that fits one is in one."""
+    part: list[tuple[str, int]] = []
+    held = 0
+
+    def stem(file: tuple[str, int]) -> tuple[str, ...]:
+        return tuple(file[0].split("/")[: depth + 1])
+
+    for _, group in groupby(files, key=stem):
+        members = list(group)
+        size = sum(size for _, size in members)
+        if part and held + size > REPOSITORY_BYTES:
+            yield part
+            part, held = [], 0
+        if size > REPOSITORY_BYTES and len(members) > 1:
+            yield from _cut_by_folders(members, depth + 1)
+            continue
+        part += members
+        held += size
+    if part:
+        yield part
 
 
 def _file_spans(source: FileSource, unit_bytes: int) -> Iterator[tuple[Span, int]]:
@@ -216,13 +279,8 @@ def _line_ranges(path: Path, unit_bytes: int) -> Iterator[tuple[Span, int]]:
 
 
 def _row_groups(path: Path) -> Iterator[tuple[Span, int]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        about = pq.ParquetFile(path).metadata
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a Parquet file, or damaged: {error}") from error
+    with open_parquet(path) as file:
+        about = file.metadata
     row = 1
     for group in range(about.num_row_groups):
         part = about.row_group(group)
@@ -231,11 +289,14 @@ def _row_groups(path: Path) -> Iterator[tuple[Span, int]]:
 
 
 def _behind(source: Source) -> list[Path]:
-    if source.type == "bundled" or source.type == "huggingface" or source.type == "retrieval":
+    if source.type == "bundled" or source.type == "retrieval":
         return []
+    if source.type == "huggingface":
+        return files_of([source.dataset])
     if source.type == "source_tree":
         root = tree_root(source.root)
-        return [root / path for paths in tree_groups(source, root).values() for path in paths]
+        found = [root / path for paths in repositories(source, root).values() for path in paths]
+        return [path for path in found if path.is_file()]
     files = files_of(source.paths)
     if source.type == "repository_history" and source.root is not None:
         files += files_of([str(tree_root(source.root))])

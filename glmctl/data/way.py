@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from glmctl.data import units
-from glmctl.data.encode import split_of
+from glmctl.data import hub, units
+from glmctl.data.encode import SPLITS, split_of
 from glmctl.data.prepare import DECISIONS, PROVENANCE, stage_files
 from glmctl.data.reading import BadRows
 from glmctl.data.sources import Document, read, times
-from glmctl.data.stages import Page, applies, judge
+from glmctl.data.stages import Page, applies, compares, judge
 from glmctl.errors import DataError
 from glmctl.recipe.curation import LOCAL_STAGES
 
@@ -31,7 +31,7 @@ class Step:
 
     stage: str
     verdict: str
-    """`kept`, `dropped` or `not asked` (another domain)"""
+    """`kept`, `dropped` or `not asked` (another domain, or a conversation)"""
     why: str = ""
 
 
@@ -57,6 +57,7 @@ class Ways:
         for needed in (path, export / PROVENANCE):
             if not needed.is_file():
                 raise DataError(f"{needed}: missing; only a finished `glmctl data prepare` can be inspected")
+        recipe = recipe.model_copy(update={"sources": hub.pinned(recipe.sources, export.with_name(hub.COMMITS))})
         _require_unchanged(recipe, export / PROVENANCE)
         with np.load(path, allow_pickle=False) as arrays:
             self._arrays: dict[str, np.ndarray] = dict(arrays)
@@ -112,6 +113,8 @@ class Ways:
             split = split_of(page.document, self._recipe.validation_fraction)
             shown = times(page.document.digest, epochs, self._recipe.seed)
             shown = min(shown, 1) if split == "validation" else shown
+            if shown and document.repository is not None:
+                steps.append(self._context(index))
         return Way(document.path, document.domain, len(document.text), steps, shown, split if shown else None)
 
     def _comparing(self, document: Document, index: int) -> list[Step]:
@@ -121,7 +124,8 @@ class Ways:
             if stage.type in LOCAL_STAGES:
                 continue
             name = f"{stage.type} {stage.name}" if stage.type == "score" else stage.type
-            if not applies(stage.domains, document.domain):
+            # a union's narrowing: the local stages have gone on
+            if not compares(stage, document.domain, conversation=document.conversation is not None):  # type: ignore[arg-type]
                 steps.append(Step(name, "not asked"))
                 continue
             why = self._score(stage, index) if stage.type == "score" else ""
@@ -134,6 +138,14 @@ class Ways:
                 return steps
             steps.append(Step(name, "kept", why))
         return steps
+
+    def _context(self, index: int) -> Step:
+        """The context that a repository's file is in, the first time that it is shown."""
+        split, number = int(self._arrays["split"][index]), int(self._arrays["document"][index])
+        same = (self._arrays["split"] == split) & (self._arrays["document"] == number)
+        others = int(same.sum()) - 1
+        files = f"{others} other file{'s' if others != 1 else ''} of its repository"
+        return Step("context", "kept", f"document {number} of {SPLITS[split]}, with {files}")
 
     def _score(self, stage: Any, index: int) -> str:
         score = float(self._arrays[f"score_{stage.name}"][index])

@@ -2,6 +2,7 @@
 
 Stages of `LOCAL_STAGES` look at one document alone and come first; the others compare documents with each other.
 Every stage may be limited to some domains; documents of other domains pass it untouched.
+Conversations pass every stage but `exact`.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class HuggingFaceSource(Section):
     dataset: str = Field(description="e.g. `HuggingFaceFW/fineweb-2`")
     config: str | None = None
     split: str = "train"
-    revision: str | None = Field(None, description="a commit; without one the data may change under the manifest")
+    revision: str | None = Field(None, description="a commit, branch or tag; null = main. A run keeps its first commit")
     field: str = "text"
     code: bool = False
     language_field: str | None = None
@@ -75,17 +75,26 @@ class SourceTree(Section):
     root: str
     include: list[str] = Field(["*.py"])
     exclude: list[str] = Field(["test", "tests", "idlelib", "lib2to3", "site-packages", "pydoc_data", "__pycache__"])
-    repo_level: bool = Field(True, description="join the files of one package, in dependency order, in one document")
-    # about 16k tokens, so that a document of several files fits the 32k rows of mid-training
-    max_chars: int = Field(65_536, gt=0, description="most characters in one joined document")
+    repo_level: bool = Field(
+        True, description="files of one repository share contexts, each behind those it needs; false: each is alone"
+    )
+    repositories: Literal["auto", "root", "folders"] = Field(
+        "auto",
+        description="what a repository is: the root, each folder below it, or the root if it looks like one "
+        "(it holds .git, pyproject.toml, setup.py, package.json, go.mod, Cargo.toml or __init__.py)",
+    )
+    context_tokens: int = Field(
+        32_768, ge=64, description="most tokens in one context, its end included: a row of the training"
+    )
     weight: float = Field(1.0, gt=0)
     max_bytes: int | None = Field(None, gt=0)
 
 
 class RepositoryHistory(Section):
-    """Issues, pull requests and commits of one repository as JSON lines; what belongs together shares one context.
+    """Issues, pull requests and commits as JSON lines; a change and what links to it directly share one context.
 
-    A row: {"type": "issue" | "pull" | "commit", "number" or "sha", "title", "body", "diff", "comments", "links"}.
+    A row: {"type": "issue" | "pull" | "commit", "number" or "sha", "title", "body", "diff", "comments", "links",
+    "date", "repository"}. Rows of one repository that lie in several files, or of several in one, need `repository`.
     """
 
     type: Literal["repository_history"] = "repository_history"
@@ -187,6 +196,7 @@ class DataRecipe(RecipeBase):
     @model_validator(mode="after")
     def _stages_fit(self) -> DataRecipe:
         known = {source.domain for source in self.sources}
+        text = {source.domain for source in self.sources if source.type != "conversations"}
         comparing: str | None = None
         names = [stage.name for stage in self.stages if stage.type == "score"]
         for at, stage in enumerate(self.stages):
@@ -195,6 +205,11 @@ class DataRecipe(RecipeBase):
                     match = nearest(domain, known)
                     more = f"did you mean '{match}'?" if match else f"one of: {', '.join(sorted(known))}"
                     raise ValueError(f"stages.{at}: no source has domain '{domain}'; {more}")
+                if domain not in text and stage.type != "exact":
+                    raise ValueError(
+                        f"stages.{at}: '{domain}' holds conversations, which pass '{stage.type}' untouched; "
+                        "only 'exact' drops any (a source's weight shows them more often)"
+                    )
             if stage.type not in LOCAL_STAGES:
                 comparing = comparing or stage.type
             elif comparing is not None:

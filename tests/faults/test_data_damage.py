@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from glmctl.data import reading
 from glmctl.data.batches import PretrainBatches
+from glmctl.data.conversations import read_conversations
 from glmctl.data.reading import BadRows
 from glmctl.data.shards import ShardWriter, TokenShards
 from glmctl.data.sources import documents
 from glmctl.data.tokenizer import Tokenizer
 from glmctl.errors import DataError, RecipeError
-from glmctl.recipe.schema import JsonLinesSource, TextSource
+from glmctl.recipe.schema import JsonLinesSource, ParquetSource, TextSource
 
 # ------------------------------------------------------------------ shards
 
@@ -166,6 +171,168 @@ def test_files_that_are_no_text_are_bad_rows(tmp_path: Path) -> None:
     bad = BadRows(limit=0.5)
     assert found(tmp_path, TextSource, bad) == ["fine"]
     assert bad.places == {"not UTF-8": [str(tmp_path / "a.txt")]}
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.jsonl.zst"])
+def test_a_packed_file_without_a_byte_is_an_error_and_one_of_nothing_is_not(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.touch()
+    with pytest.raises(DataError, match=rf"{name}: empty"):
+        found(path)
+    path.write_bytes(gzip.compress(b"") if path.suffix == ".gz" else zstandard.compress(b""))
+    assert found(path) == []
+
+
+def test_a_zst_that_needs_a_long_window_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.zst"
+    # magic number, no flags, a window of 2 GB (2**(10 + 21)), and one last raw block: what --long=31 begins with
+    head = b"\x28\xb5\x2f\xfd" + b"\x00" + bytes([21 << 3])
+    path.write_bytes(head + (1 | len(GOOD) << 3).to_bytes(3, "little") + GOOD)
+    assert found(path) == ["fine"]
+
+
+# ------------------------------------------------------------------ Parquet
+
+
+def unchecked(values: list[bytes | None]) -> pa.Array:
+    """A column of text whose bytes nobody has looked at."""
+    return pa.array(values, pa.binary()).view(pa.string())
+
+
+def parquet(path: Path, *, bad: BadRows | None = None, **fields: Any) -> list[str]:
+    source = ParquetSource(domain="d", paths=[str(path)], **fields)
+    return [document.text for document in documents([source], 0, bad=bad)]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_each_kind_of_bad_cell_is_a_bad_row_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: pa.DataType
+) -> None:
+    monkeypatch.setattr(reading, "MAX_ROW_BYTES", 1000)
+    cells = [b"fine", b"\xff\xfe", b"a\0b", b"x" * 1001, None, b"", "ü".encode()]
+    text = pa.array(cells, pa.binary())
+    text = text.cast(pa.large_binary()).view(kind) if kind == pa.large_string() else text.view(pa.string())
+    if pa.types.is_dictionary(kind):
+        places = pa.array([at if cell is not None else None for at, cell in enumerate(cells)], pa.int32())
+        text = pa.DictionaryArray.from_arrays(places, text.fill_null(""))
+    languages = unchecked([b"c"] * 6 + [None])
+    pq.write_table(pa.table({"text": text, "lang": languages}), tmp_path / "r.parquet")
+    bad = BadRows(limit=1.0)
+    assert parquet(tmp_path / "r.parquet", bad=bad, language_field="lang") == ["fine", "ü"]
+    path = tmp_path / "r.parquet"
+    assert bad.places == {
+        "not UTF-8": [f"{path}:2"],
+        "holds NUL": [f"{path}:3"],
+        "too long": [f"{path}:4"],
+        "'text' is not text": [f"{path}:5"],
+        "empty": [f"{path}:6"],
+    }
+    broken = unchecked([b"c", b"\xff", b"c"])
+    pq.write_table(pa.table({"text": ["one", "two", "three"], "lang": broken}), path)
+    assert parquet(path, bad=BadRows(limit=1.0), language_field="lang") == ["one", "three"]
+    with pytest.raises(DataError, match=r"1 of 3 rows are unreadable: 1 x not UTF-8 \(first: .*r\.parquet:2\)"):
+        parquet(path, language_field="lang")
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_dictionary_of_one_huge_text_is_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: bool) -> None:
+    path = tmp_path / "r.parquet"
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 100, pa.int32()), pa.array(["a" * (1 << 20)]))
+    limits = {"dictionary_pagesize_limit": 1 << 25, "compression": "zstd", "store_schema": stored}
+    pq.write_table(pa.table({"text": texts}), path, **limits)
+    assert path.stat().st_size < 2000
+    with pytest.raises(DataError, match=r"r\.parquet: unpacks to more than 200 times its size"):
+        parquet(path)
+    with pytest.raises(DataError, match=r"r\.parquet: unpacks to more than 200 times its size"):
+        list(reading.parquet_rows(path))
+    # however much may come out in all, little of it is in memory at once
+    monkeypatch.setattr(reading, "MAX_EXPANSION", 10**9)
+    monkeypatch.setattr(reading, "MAX_BATCH_BYTES", 4 << 20)
+    sizes = []
+    inner = reading._batches
+
+    def seen(*arguments: Any) -> Any:
+        for batch in inner(*arguments):
+            sizes.append(batch.nbytes)
+            yield batch
+
+    monkeypatch.setattr(reading, "_batches", seen)
+    assert len(parquet(path)) == 200  # each in two parts
+    assert max(sizes) < 5 << 20
+    monkeypatch.setattr(reading, "MAX_BATCH_BYTES", 1 << 19)
+    with pytest.raises(DataError, match="unpacks to more"):
+        parquet(path)
+
+
+def test_a_page_that_unpacks_to_too_much_is_not_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "r.parquet"
+    text = ["b" * (9 << 20)]
+    pq.write_table(pa.table({"text": text}), path, compression="zstd", use_dictionary=False, write_statistics=False)
+    with pytest.raises(DataError, match="unpacks to more"):
+        parquet(path)
+
+
+def test_any_damage_to_a_parquet_file_is_a_data_error(tmp_path: Path) -> None:
+    path = tmp_path / "r.parquet"
+    texts = [f"text number {i}" for i in range(50)]
+    pq.write_table(pa.table({"text": texts, "more": [[text] for text in texts]}), path, row_group_size=20)
+    data = path.read_bytes()
+    rng = random.Random(0)
+    refused = []
+    for at in [*range(0, 80, 2), *range(len(data) - 400, len(data), 4), *rng.sample(range(len(data)), 60)]:
+        changed = bytearray(data)
+        changed[at] ^= 1 << rng.randrange(8)
+        path.write_bytes(bytes(changed))
+        for read in (lambda: parquet(path, bad=BadRows(limit=1.0)), lambda: list(reading.parquet_rows(path))):
+            try:
+                read()
+            except DataError as error:
+                refused.append(error.message)
+    assert len(refused) > 50
+    assert all("r.parquet" in message for message in refused)
+
+
+@pytest.mark.parametrize("kind", [pa.ArrowNotImplementedError, pa.ArrowKeyError, pa.ArrowMemoryError])
+def test_whatever_arrow_says_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    path = tmp_path / "r.parquet"
+    pq.write_table(pa.table({"text": ["fine"]}), path)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise kind("no")
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", refuse)
+    for read in (lambda: parquet(path), lambda: list(reading.parquet_rows(path))):
+        with pytest.raises(DataError, match=r"r\.parquet: damaged Parquet file"):
+            read()
+
+
+def test_metadata_that_contradicts_itself_does_not_end_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "r.parquet"
+    pq.write_table(pa.table({"text": ["fine"]}), path)
+    data = path.read_bytes()
+    # the schema calls floats what is texts by the statistics
+    changed = data.replace(b"\x15\x0c%\x02\x18\x04text", b"\x15\x08%\x02\x18\x04text")
+    assert changed != data
+    path.write_bytes(changed)
+    for read in (lambda: parquet(path), lambda: list(reading.parquet_rows(path))):
+        with pytest.raises(DataError, match=r"r\.parquet: damaged Parquet file"):
+            read()
+    path.write_bytes(data.replace(b"\x18\x04text", b"\x18\x04\xf4ext"))
+    with pytest.raises(DataError, match=r"r\.parquet: damaged Parquet file"):
+        parquet(path)
+
+
+def test_a_conversation_with_a_cell_that_is_no_text_is_one_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    answers = unchecked([b"fine", b"\xff"])
+    pq.write_table(pa.table({"prompt": ["a", "b"], "completion": answers}), path)
+    rows = [row for _, row in reading.parquet_rows(path)]
+    assert rows[0] == {"prompt": "a", "completion": "fine"}
+    assert isinstance(rows[1], DataError)
+    with pytest.raises(DataError, match=r"t\.parquet:2: not UTF-8 text.*1 of 2 rows"):
+        read_conversations([path])
 
 
 # ------------------------------------------------------------------ tokenizers

@@ -57,18 +57,29 @@ def alive(pid: int) -> bool:
         return False
 
 
+def prepared(home: Path, tokenizer: Tokenizer) -> None:
+    """A recipe of `UNITS` sources, a quarter of them repositories: a source is at least one unit."""
+    tokenizer.save(home / "tokenizer")
+    rng = random.Random(0)
+    sources: list[dict[str, object]] = []
+    for number in range(UNITS):
+        rows = [" ".join(f"word{rng.randrange(500)}" for _ in range(200)) for _ in range(150)]
+        if number % 4 == 3:
+            (home / str(number)).mkdir()
+            for at, row in enumerate(rows):
+                (home / str(number) / f"m{at}.py").write_text(f"import m{(at + 7) % 150}\n# {row}\n")
+            sources.append({"type": "source_tree", "domain": "c", "root": str(number), "context_tokens": 4096})
+            continue
+        (home / f"{number}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        sources.append({"type": "jsonl", "domain": "d", "paths": [f"{number}.jsonl"]})
+    body = {"type": "data", "name": "d", "tokenizer": "tokenizer", "sources": sources, "stages": [{"type": "minhash"}]}
+    (home / "r.yaml").write_text(json.dumps(body))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["scan", "measure", "encode"])
 def test_a_killed_preparation_goes_on_to_the_same_bytes(tmp_path: Path, tiny_tokenizer: Tokenizer, where: str) -> None:
-    tiny_tokenizer.save(tmp_path / "tokenizer")
-    rng = random.Random(0)
-    sources = []
-    for number in range(UNITS):  # a source is at least one unit
-        rows = [" ".join(f"word{rng.randrange(500)}" for _ in range(200)) for _ in range(150)]
-        (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-        sources.append({"type": "jsonl", "domain": "d", "paths": [f"{number}.jsonl"]})
-    body = {"type": "data", "name": "d", "tokenizer": "tokenizer", "sources": sources, "stages": [{"type": "minhash"}]}
-    (tmp_path / "r.yaml").write_text(json.dumps(body))
+    prepared(tmp_path, tiny_tokenizer)
     straight = start(tmp_path, "straight")
     assert straight.wait() == 0
 
@@ -91,3 +102,22 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(tmp_path: Path, tiny_tok
     assert names == sorted(str(path.relative_to(two)) for path in two.rglob("*") if path.is_file())
     assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
     assert not work.exists()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_the_machines_trouble_and_costs_its_unit(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    prepared(tmp_path, tiny_tokenizer)
+    running = start(tmp_path, "run")
+    work = tmp_path / "run/work"
+    until(lambda: len(list(work.glob("*/scan/0*"))) >= 2)
+    for pid in children(running.pid):
+        if b"spawn_main" in (Path("/proc") / str(pid) / "cmdline").read_bytes():
+            os.kill(pid, signal.SIGKILL)
+    _, said = running.communicate()
+    assert running.returncode == 4, said
+    assert b"a worker died (out of memory?)" in said
+    assert b"fewer --workers; the same command continues" in said
+    again = start(tmp_path, "run")
+    _, said = again.communicate()
+    assert again.returncode == 0, said
+    assert b"units are there from before" in said

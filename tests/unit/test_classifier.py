@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from glmctl.data import classifier, teacher
+from glmctl.data.asked import Asked
 from glmctl.data.classifier import Classifier, teach
 from glmctl.data.sources import Document
 from glmctl.data.words import hashes, words
@@ -88,15 +89,15 @@ def test_a_teacher_that_sees_one_kind_only_is_an_error() -> None:
 def test_labels_bring_their_texts_and_bad_ones_name_their_line(tmp_path: Path) -> None:
     path = tmp_path / "l.jsonl"
     path.write_text('{"text": "a", "score": 1}\n{"text": "b", "score": 0.25}\n')
-    assert teacher.rate(LabelsTeacher(paths=[str(path)]), []) == (["a", "b"], [1.0, 0.25])
+    assert teacher.rate(LabelsTeacher(paths=[str(path)]), [], Asked()) == (["a", "b"], [1.0, 0.25])
     path.write_text('{"text": "a", "score": 1}\n{"text": "b", "score": 2}\n')
     with pytest.raises(DataError, match=r"l\.jsonl:2"):
-        teacher.rate(LabelsTeacher(paths=[str(path)]), [])
+        teacher.rate(LabelsTeacher(paths=[str(path)]), [], Asked())
 
 
 def test_a_heuristic_teaches() -> None:
     sample = [Document("theorem proof equation integral " * 20, "d", "p"), Document("cat sat mat hat " * 20, "d", "p")]
-    texts, scores = teacher.rate(Heuristic(what="math"), sample)
+    texts, scores = teacher.rate(Heuristic(what="math"), sample, Asked())
     assert texts == [document.text for document in sample]
     assert scores[0] > 0.9 > 0.1 > scores[1]
 
@@ -124,12 +125,12 @@ def test_an_educational_classifier_ranks_held_out_pages_whose_words_its_teacher_
 
     kinds = (LESSONS[language], OFFERS[language])
     sample = [Document(page(kinds[i % 2], True), "d", str(i)) for i in range(201)]
-    texts, scores = teacher.rate(Heuristic(what="educational"), sample)
+    texts, scores = teacher.rate(Heuristic(what="educational"), sample, Asked())
     found, report = teach(hashes([words(text) for text in texts]), scores, 0.5)
     assert report["positive"] == pytest.approx(0.5, abs=0.05)
     unseen = [[page(kind, False) for _ in range(30)] for kind in kinds]
     _, teachers = teacher.rate(
-        Heuristic(what="educational"), [Document(text, "d", "") for part in unseen for text in part]
+        Heuristic(what="educational"), [Document(text, "d", "") for part in unseen for text in part], Asked()
     )
     assert max(teachers) == 0, "to the teacher they are all alike"
     lessons, offers = ([found.score(one) for one in hashes([words(text) for text in part])] for part in unseen)
@@ -184,15 +185,15 @@ def test_any_openai_compatible_endpoint_can_teach_and_embed() -> None:
         base = f"http://127.0.0.1:{server.server_address[1]}/v1"
         asked = EndpointTeacher(base_url=base, model="m", prompt="Rate: {text}", max_chars=10)
         texts = ["a proof", *["nothing"] * 18, "odd"]
-        kept, scores = teacher.rate(asked, [Document(text, "d", "p") for text in texts])
+        kept, scores = teacher.rate(asked, [Document(text, "d", "p") for text in texts], Asked())
         assert kept == texts[:-1]
         assert scores == [1.0, *[0.2] * 18]
         assert sorted(seen)[0] == "Rate: a proof"
         with pytest.raises(DataError, match="1 of 2 replies"):
-            teacher.ask(asked, ["odd", "proof"])
-        assert teacher.embed(base, "m", ["ab", "abc"]) == [[2, 1], [3, 1]]
+            teacher.ask(asked, ["odd", "proof"], Asked())
+        assert teacher.embed(base, "m", ["ab", "abc"], Asked()) == [[2, 1], [3, 1]]
     finally:
         server.shutdown()
         server.server_close()
     with pytest.raises(EnvironmentProblem, match="does not answer"):
-        teacher.embed(base, "m", ["ab"])
+        teacher.embed(base, "m", ["ab"], Asked())

@@ -16,12 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from glmctl.data import mixture, passes, prepare, spool, stats, units
+from glmctl.data import mixture, passes, prepare, scores, spool, stats, units
 from glmctl.data.reading import BadRows
 from glmctl.data.shards import TokenShards
 from glmctl.data.sources import documents, read
 from glmctl.data.tokenizer import Tokenizer
 from glmctl.data.way import Ways, render
+from glmctl.data.words import words
 from glmctl.errors import DataError, EnvironmentProblem, RecipeError
 from glmctl.recipe.load import load
 from glmctl.recipe.schema import DataRecipe, HuggingFaceSource, JsonLinesSource, ParquetSource, Source, TextSource
@@ -265,11 +266,15 @@ def test_a_document_can_be_followed_through_every_stage(home: Path, prepared: Pa
     assert all("web.jsonl:" in step.why for step in dropped)
     (code,) = ways.find("m7.py", 1)
     assert [step.verdict for step in code.steps[:3]] == ["not asked", "kept", "not asked"]
-    assert "score" in code.steps[-1].why
+    assert "score" in code.steps[-2].why
+    assert code.steps[-1].stage == "context"
     assert "minhash" in render(near[:2])
     total = sum(way.shown for way in ways.find("", 1000))
     found = report(prepared)
-    assert total == sum(sum(split.values()) for split in found["documents_by_domain"].values())
+    assert total == sum(
+        split["web"] + found["repositories"][name]["code"]["files"]
+        for name, split in found["documents_by_domain"].items()
+    )
 
 
 def test_changed_sources_are_noticed(home: Path, prepared: Path, tmp_path: Path) -> None:
@@ -323,6 +328,33 @@ def test_a_mixture_gives_every_domain_its_share(home: Path, tmp_path: Path) -> N
         run(recipe(home, mixture={"web": 0.01, "code": 0.99}, stages=[]), tmp_path / "b")
 
 
+def test_a_mixture_counts_the_templates_tokens_of_a_conversation(home: Path, tmp_path: Path) -> None:
+    # the turns' marks are one token each, and a dozen each where they are read as text
+    talk = {"messages": [{"role": role, "content": "ok"} for role in ("user", "assistant") * 8]}
+    lines = [
+        json.dumps({**talk, "messages": [{"role": "system", "content": str(i)}, *talk["messages"]]}) for i in range(120)
+    ]
+    (tmp_path / "talks.jsonl").write_text("\n".join(lines))
+    sources = [
+        {"type": "conversations", "domain": "agent", "paths": [str(tmp_path / "talks.jsonl")]},
+        {"type": "jsonl", "domain": "web", "paths": [str(home / "web.jsonl")]},
+    ]
+    made = recipe(home, sources=sources, stages=[], mixture={"agent": 1, "web": 9}, max_epochs=50)
+    run(made, tmp_path)
+    shares = {name: found["share"] for name, found in stats.summary(report(tmp_path))["domains"].items()}
+    assert shares["agent"] == pytest.approx(0.1, abs=0.02)
+
+
+def test_shares_that_cannot_be_had_are_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    mixture.warn_of_misses({"a": 3, "b": 1}, {"a": 760, "b": 240})
+    mixture.warn_of_misses({}, {"a": 760, "b": 240})
+    assert capsys.readouterr().err == ""
+    mixture.warn_of_misses({"a": 3, "b": 1, "c": 1}, {"a": 600, "b": 400})
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "b 40.0% instead of 20.0%, c 0.0% instead of 20.0%" in said
+
+
 def test_mixture_factors_by_hand() -> None:
     assert mixture.factors({"a": 3, "b": 1}, {"a": 100.0, "b": 100.0}) == {"a": 1.5, "b": 0.5}
 
@@ -347,6 +379,40 @@ def test_a_taught_classifier_travels_with_the_data(home: Path, tmp_path: Path) -
     assert one["train/tokens-00000.bin"] == two["train/tokens-00000.bin"]
 
 
+def test_a_heuristic_does_not_teach_in_a_language_that_it_has_no_words_of(home: Path, tmp_path: Path) -> None:
+    pages = [
+        f"Клетка номер {i} состоит из ядра и мембраны, потому что так устроена жизнь. Например, теория говорит об этом."
+        for i in range(50)
+    ]
+    (tmp_path / "ru.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in [*pages, "It is the end."])
+    )
+    taught = {"type": "taught", "teacher": {"type": "heuristic", "what": "educational"}, "sample": 60}
+    stage = {"type": "score", "name": "lessons", "scorer": taught, "cuts": [0.5], "epochs": [1, 2]}
+    source = {"type": "jsonl", "domain": "russian", "paths": [str(tmp_path / "ru.jsonl")]}
+    with pytest.raises(DataError, match=r"'lessons'.*'educational'.*50 of 51.*russian.*ru\.jsonl") as caught:
+        run(recipe(home, sources=[source], stages=[stage]), tmp_path)
+    assert "endpoint" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("what", "text", "read"),
+    [
+        ("educational", "Der Hund ist in dem Haus und die Katze liegt vor der Tür, weil es regnet.", False),
+        ("educational", "El perro duerme en la casa porque llueve y no quiere salir a pasear con los demás.", False),
+        ("educational", "De hond is in het huis, want het is aan het regenen of zo. Dat was al te verwachten.", False),
+        ("educational", "The dog sleeps in the house because it rains.", True),
+        ("educational", "植物的光合作用是在叶绿体中进行的，因为那里有光。", True),
+        ("educational", "theory evidence experiment", True),
+        ("math", "Пусть x = 2 и y = 3, тогда x + y = 5.", True),
+        ("math", "Пусть будет так.", False),
+        ("code", "Пусть будет так.", True),
+    ],
+)
+def test_which_texts_a_heuristic_has_words_of(what: str, text: str, read: bool) -> None:
+    assert scores.reads(what, text, words(text)) is read
+
+
 def test_semantic_duplicates_are_a_stage(home: Path, tmp_path: Path) -> None:
     rng = random.Random(5)
 
@@ -363,6 +429,33 @@ def test_semantic_duplicates_are_a_stage(home: Path, tmp_path: Path) -> None:
     minhash, semantic = report(tmp_path / "out")["stages"]
     assert minhash["reasons"] == {}
     assert semantic["reasons"] == {"semantic duplicate": 39}
+
+
+def test_conversations_that_share_their_tools_are_no_near_duplicates(home: Path, tmp_path: Path) -> None:
+    tools = [
+        {"type": "function", "function": {"name": f"tool_{i}", "description": "does one thing or another " * 8}}
+        for i in range(6)
+    ]
+    talks = [
+        {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": str(i)}], "tools": tools}
+        for i in range(30)
+    ]
+    lines = [json.dumps(talk) + "\n" for talk in talks]
+    (tmp_path / "talks.jsonl").write_text("".join([*lines, lines[0]]))
+    sources = [
+        {"type": "conversations", "domain": "agent", "paths": [str(tmp_path / "talks.jsonl")]},
+        {"type": "jsonl", "domain": "web", "paths": [str(home / "web.jsonl")]},
+    ]
+    longest = {**STAGES[3], "domains": None, "scorer": {"type": "heuristic", "what": "length"}}
+    made = recipe(home, sources=sources, stages=[{"type": "minhash"}, {"type": "semantic"}, longest, {"type": "exact"}])
+    run(made, tmp_path)
+    found = report(tmp_path)
+    assert [stage["in"] for stage in found["stages"][:3]] == [300, *[stage["out"] for stage in found["stages"][:2]]]
+    assert found["stages"][3]["reasons"] == {"same text": 1}
+    shown = found["documents_by_domain"]
+    assert shown["train"]["agent"] + shown["validation"].get("agent", 0) == 30
+    (way, *_) = Ways(made, tmp_path / "export").find("29?", 1)
+    assert [step.verdict for step in way.steps] == ["not asked", "not asked", "not asked", "kept"]
 
 
 # ------------------------------------------------------------------ sources and recipes
@@ -442,6 +535,113 @@ def test_without_a_network_a_hub_source_is_an_environment_problem(monkeypatch: p
         texts(HuggingFaceSource(domain="d", dataset="nobody/nothing"))
 
 
+class Hub:
+    """A hub whose data set moves on with every request for its commit."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[Any] = []
+        self.opened: list[Any] = []
+        monkeypatch.setattr("huggingface_hub.HfApi", lambda: self)
+        monkeypatch.setattr("datasets.load_dataset", self.load)
+        self.columns = {"lang": "en"}
+
+    def dataset_info(self, dataset: str, *, revision: str | None = None) -> Any:
+        self.asked.append((dataset, revision))
+        return SimpleNamespace(sha=f"{len(self.asked):040x}")
+
+    def load(self, dataset: str, config: str | None, *, revision: str, **_: Any) -> list[dict[str, str]]:
+        self.opened.append(revision)
+        return [{"text": f"Row {i} of {dataset} at {revision}.", **self.columns} for i in range(60)]
+
+
+def test_a_run_reads_the_hub_at_the_commit_it_began_with(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(monkeypatch)
+    pinned = "f" * 40
+    sources = [
+        {"type": "huggingface", "domain": "web", "dataset": "a/b"},
+        {"type": "huggingface", "domain": "web", "dataset": "c/d", "revision": pinned},
+    ]
+    made = recipe(home, sources=sources, stages=[])
+    monkeypatch.setattr(prepare.encode, "encode", _interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(made, tmp_path)
+    monkeypatch.undo()
+    again = Hub(monkeypatch)
+    run(made, tmp_path)
+    assert (hub.asked, again.asked, again.opened) == ([("a/b", None)], [], [])
+    assert hub.opened == [f"{1:040x}", pinned]
+    said = json.loads((tmp_path / "export" / prepare.PROVENANCE).read_text())
+    assert [source["files"][0]["path"] for source in said["sources"]] == [
+        f"hf://datasets/a/b@{1:040x}",
+        f"hf://datasets/c/d@{pinned}",
+    ]
+    # the manifest's recipe gives the same bytes after the data set has moved on, and so does looking into the run
+    run(DataRecipe.model_validate(said["recipe"]), tmp_path / "rebuilt")
+    one, two = (files(out / "export") for out in (tmp_path, tmp_path / "rebuilt"))
+    assert one["train/tokens-00000.bin"] == two["train/tokens-00000.bin"]
+    (way,) = Ways(made, tmp_path / "export").find("Row 7 of a/b", 5)
+    assert way.shown == 1
+    assert again.asked == []
+    # a new run begins with what is there now
+    run(made, tmp_path / "new")
+    assert files(tmp_path / "new/export")["train/tokens-00000.bin"] == one["train/tokens-00000.bin"]
+    again.asked.append("another commit")
+    run(made, tmp_path / "newer")
+    assert files(tmp_path / "newer/export")["train/tokens-00000.bin"] != one["train/tokens-00000.bin"]
+
+
+def _interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_hub_that_does_not_answer_and_a_damaged_record_are_named(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(home, sources=[{"type": "huggingface", "domain": "web", "dataset": "a/b"}], stages=[])
+    hub = Hub(monkeypatch)
+    monkeypatch.setattr(hub, "dataset_info", _unreachable)
+    with pytest.raises(EnvironmentProblem, match=r"a/b: the Hugging Face hub does not give it"):
+        run(made, tmp_path)
+    for text in ("{", "[]", '{"a/b@main": "main"}', '{"a/b@main": 5}'):
+        (tmp_path / "commits.json").write_text(text)
+        with pytest.raises(DataError, match=r"commits\.json: damaged"):
+            run(made, tmp_path)
+
+
+def test_what_is_hidden_in_a_folder_is_no_data(tmp_path: Path) -> None:
+    names = [
+        "a.txt",
+        ".hidden.txt",
+        ".git/HEAD",
+        ".cache/huggingface/download/a.txt.metadata",
+        "b/.git/x.txt",
+        "b/c.txt",
+    ]
+    root = tmp_path / ".data"  # the folder itself may be a hidden one
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    assert texts(TextSource(domain="d", paths=[str(root)])) == ["a.txt", "b/c.txt"]
+
+
+def test_a_language_field_that_no_row_has_is_an_error(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": f"x = {i}", "lang": "python"} if i == 77 else {"text": f"x = {i}"} for i in range(100)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"type": "jsonl", "domain": "code", "paths": [str(tmp_path / "c.jsonl")], "code": True}
+    monkeypatch.setattr(units, "UNIT_BYTES", 500)
+    run(recipe(home, sources=[{**source, "language_field": "lang"}], stages=[]), tmp_path)
+    with pytest.raises(DataError, match=r"0\.language_field: no row of .*c\.jsonl has a language in 'language'.*text"):
+        run(recipe(home, sources=[{**source, "language_field": "language"}], stages=[]), tmp_path / "b")
+    Hub(monkeypatch)
+    hub = HuggingFaceSource(domain="d", dataset="a/b", language_field="language")
+    with pytest.raises(DataError, match=r"a/b: no column 'language'; one of: text, lang"):
+        texts(hub)
+
+
 def _unreachable(*_: Any, **__: Any) -> Any:
     raise ConnectionError("Couldn't reach the Hub")
 
@@ -452,6 +652,7 @@ def _unreachable(*_: Any, **__: Any) -> Any:
         ("[{type: exact, domains: [wep]}]", "did you mean 'web'"),
         ("[{type: exact}, {type: web_rules}]", "put it before 'exact'"),
         ("[{type: minhsh}]", "minhash"),
+        ("[{type: minhash, domains: [chat]}]", "'chat' holds conversations, which pass 'minhash' untouched"),
         (
             "[{type: score, name: q, scorer: {type: heuristic, what: web}, cuts: [0.5], epochs: [1]}]",
             "1 cuts make 2 buckets",
@@ -464,7 +665,7 @@ def _unreachable(*_: Any, **__: Any) -> Any:
 )
 def test_a_wrong_stage_is_a_recipe_error(tmp_path: Path, stages: str, said: str) -> None:
     path = tmp_path / "r.yaml"
-    source = "{type: text, domain: web, paths: [x]}"
+    source = "{type: text, domain: web, paths: [x]}, {type: conversations, domain: chat, paths: [x]}"
     path.write_text(f"type: data\ntokenizer: t\nsources: [{source}]\nstages: {stages}\n")
     with pytest.raises(RecipeError, match=said) as caught:
         load(str(path))

@@ -134,7 +134,7 @@ def test_only_verified_traces_are_kept(tmp_path: Path) -> None:
     run: Any = SimpleNamespace(export=tmp_path / "export")
     try:
         counts = reasoning.run(recipe(tmp_path, base, keep_per_question=2), run)
-        assert counts == {"questions": 2, "traces": 8, "wrong": 2, "without_reasoning": 2, "kept": 4}
+        assert counts == {"questions": 2, "traces": 8, "wrong": 2, "without_reasoning": 2, "kept": 4, "bad_rows": 0}
         talks = read_conversations([tmp_path / "export/conversations.jsonl"])
         assert [talk.messages[1]["reasoning_content"] for talk in talks] == ["first", "second"] * 2
         assert [talk.messages[1]["content"] for talk in talks] == ["60", "60", "7", "7"]

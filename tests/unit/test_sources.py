@@ -1,4 +1,4 @@
-"""Laws of sources: fixed order, exact weights and limits, dependency order, bad rows counted and never silent."""
+"""Laws of sources: fixed order, exact weights and limits, bad rows counted and never silent."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from glmctl.data import units
 from glmctl.data.reading import BadRows
-from glmctl.data.repository import dependency_order, headed, imported_modules, join
 from glmctl.data.sources import documents, split_long
 from glmctl.data.units import plan
 from glmctl.errors import DataError, RecipeError
@@ -103,32 +103,6 @@ def test_long_texts_are_split_after_lines_and_lose_nothing() -> None:
 # ------------------------------------------------------------------ source trees
 
 
-def test_imports_are_found_absolute_and_relative() -> None:
-    text = "import a.b, c\nfrom . import d\nfrom ..e import f\ndef g():\n  try:\n    from h import i\n  finally: pass"
-    found = imported_modules(text, "pkg.sub.mod", is_package=False)
-    assert found >= {"a.b", "c", "pkg.sub.d", "pkg.e", "pkg.e.f", "h", "h.i"}
-    assert imported_modules("from .x import y", "pkg.sub", is_package=True) >= {"pkg.sub.x"}
-    assert imported_modules("print 'python 2'", "m", is_package=False) == set()
-
-
-def test_imported_files_come_first_and_circles_go_by_name() -> None:
-    files = {
-        "pkg/__init__.py": "from .z import main",
-        "pkg/z.py": "from . import m\nimport pkg.a",
-        "pkg/a.py": "",
-        "pkg/m.py": "import pkg.a",
-        "pkg/notes.txt": "",
-        "pkg/c1.py": "from . import c2",
-        "pkg/c2.py": "from . import c1",
-    }
-    order = dependency_order(files)
-    assert sorted(order) == sorted(files)
-    place = {path: at for at, path in enumerate(order)}
-    assert place["pkg/a.py"] < place["pkg/m.py"] < place["pkg/z.py"] < place["pkg/__init__.py"]
-    assert place["pkg/c1.py"] < place["pkg/c2.py"]
-    assert order == dependency_order(dict(reversed(files.items())))
-
-
 def written(root: Path, files: dict[str, str]) -> Path:
     for path, text in files.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -136,82 +110,75 @@ def written(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-@pytest.mark.parametrize("package", ["pkg", "outer/pkg"])
-def test_a_root_that_is_a_package_has_its_name_in_imports(tmp_path: Path, package: str) -> None:
-    name = package.replace("/", ".")
+def test_a_tree_gives_its_files_one_by_one_and_leaves_out_what_is_excluded(tmp_path: Path) -> None:
     files = {
-        "a.py": f"import {name}.z",
-        "z.py": f"from {name}.sub import m",
-        "sub/m.py": "x = 1",
-        "sub/__init__.py": "",
-    }
-    # the package's own file is no member where it is empty: the folder tells
-    root = written(tmp_path / package, {**files, "__init__.py": ""})
-    if root.parent != tmp_path:
-        (root.parent / "__init__.py").touch()
-    assert dependency_order(files, root) == ["sub/__init__.py", "sub/m.py", "z.py", "a.py"]
-    source = SourceTree(domain="code", root=str(root))
-    found = {document.path: document.text for document in documents([source], 0)}
-    assert found["z.py"].index("# z.py") < found["z.py"].index("# a.py")
-
-
-@pytest.mark.parametrize("above", ["src", "python/lib"])
-def test_packages_below_a_source_folder_are_imported_without_it(tmp_path: Path, above: str) -> None:
-    files = {
-        f"{above}/pkg/a.py": "import pkg.b",
-        f"{above}/pkg/b.py": "from pkg import c",
-        f"{above}/pkg/c.py": "import json",
-        f"{above}/pkg/json.py": "import pkg.a",  # another `json` than that of the standard library
-    }
-    root = written(tmp_path, {**files, f"{above}/pkg/__init__.py": ""})
-    assert [path[-4] for path in dependency_order(files, root)] == ["c", "b", "a", "n"]
-    whole = {**files, f"{above}/pkg/__init__.py": ""}
-    assert [path[-4] for path in dependency_order(whole)[1:]] == ["c", "b", "a", "n"]
-
-
-def test_scripts_import_what_lies_beside_them() -> None:
-    files = {"one/a.py": "import z", "one/z.py": "", "two/a.py": "import z", "two/z.py": "", "a.py": "import z"}
-    # two folders have a `z`: outside both, none is meant
-    assert dependency_order(files) == ["a.py", "one/z.py", "one/a.py", "two/z.py", "two/a.py"]
-
-
-def test_joined_files_are_headed_by_their_path_and_kept_whole() -> None:
-    files = {"p/a.py": "A = 1\n" * 10, "p/b.py": "B = 1\n" * 10, "p/c.py": "C = 1\n" * 10}
-    joined = list(join(files, limit=150))
-    assert [path for path, _ in joined] == ["p/a.py", "p/c.py"]
-    assert joined[0][1] == headed("p/a.py", files["p/a.py"]) + "\n" + headed("p/b.py", files["p/b.py"])
-    assert joined[0][1].startswith("# p/a.py\nA = 1\n")
-    assert headed("x.c", "int") == "// x.c\nint"
-
-
-def test_a_tree_is_joined_by_package_and_leaves_out_what_is_excluded(tmp_path: Path) -> None:
-    for path, text in {
         "pkg/__init__.py": "from .b import x",
         "pkg/b.py": "x = 1",
         "pkg/test/t.py": "no",
         "loose.py": "y = 2",
         "pkg/data.json": "{}",
         "empty.py": "",
-    }.items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(text)
-    source = SourceTree(domain="code", root=str(tmp_path))
+    }
+    source = SourceTree(domain="code", root=str(written(tmp_path, files)))
     found = {document.path: document for document in documents([source], 0)}
-    assert set(found) == {"pkg/b.py", "loose.py"}
-    assert found["pkg/b.py"].text == "# pkg/b.py\nx = 1\n# pkg/__init__.py\nfrom .b import x"
-    assert all(document.is_code for document in found.values())
-    short = SourceTree(domain="code", root=str(tmp_path), max_chars=30)
-    assert sorted(texts(short)) == ["# loose.py\ny = 2", "# pkg/__init__.py\nfrom .b import x", "# pkg/b.py\nx = 1"]
-    apart = SourceTree(domain="code", root=str(tmp_path), repo_level=False)
-    assert sorted(texts(apart)) == ["# loose.py\ny = 2", "# pkg/__init__.py\nfrom .b import x", "# pkg/b.py\nx = 1"]
+    assert {path: found[path].text for path in found} == {
+        path: files[path] for path in ("loose.py", "pkg/__init__.py", "pkg/b.py")
+    }
+    assert all(document.header == f"# {path}\n" and document.is_code for path, document in found.items())
+    assert {path: document.repository for path, document in found.items()} == {
+        "loose.py": ".",
+        "pkg/__init__.py": "pkg",
+        "pkg/b.py": "pkg",
+    }
+    apart = list(documents([source.model_copy(update={"repo_level": False})], 0))
+    assert {document.text for document in apart} == {document.text for document in found.values()}
+    assert {document.repository for document in apart} == {None}
+
+
+def test_what_a_repository_is(tmp_path: Path) -> None:
+    written(tmp_path, {"a.py": "1", "one/b.py": "2", "one/deep/c.py": "3", "two/d.py": "4"})
+    folders = {".": ["a.py"], "one": ["one/b.py", "one/deep/c.py"], "two": ["two/d.py"]}
+    whole = {".": ["a.py", "one/b.py", "one/deep/c.py", "two/d.py"]}
+
+    def found(kind: str) -> dict[str, list[str]]:
+        source = SourceTree.model_validate({"domain": "d", "root": str(tmp_path), "repositories": kind})
+        return units.repositories(source, tmp_path)
+
+    assert found("auto") == found("folders") == folders
+    assert found("root") == whole
+    (tmp_path / "go.mod").touch()
+    assert found("auto") == found("root") == whole
+    assert found("folders") == folders
+
+
+def test_a_huge_repository_is_cut_by_folders_from_sizes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {f"r/{folder}/{i}.py": "x" * 10 for folder in ("a", "b", "c/d", "c/e") for i in range(3)}
+    written(tmp_path, {**files, "r/big.py": "x" * 70, "s/a.py": "x" * 10})
+    source = SourceTree(domain="d", root=str(tmp_path))
+    monkeypatch.setattr(units, "REPOSITORY_BYTES", 65)
+    members = {span.path: list(span.members) for unit in plan([source]) for span in unit.spans}
+    assert sorted(members) == ["r, part 1", "r, part 2", "r, part 3", "s"]
+    assert members["r, part 1"] == ["r/big.py"]
+    assert members["r, part 2"] == [f"r/{folder}/{i}.py" for folder in "ab" for i in range(3)]
+    assert members["r, part 3"] == [f"r/c/{folder}/{i}.py" for folder in "de" for i in range(3)]
+
+
+def test_a_link_that_leads_nowhere_is_skipped_and_counted(tmp_path: Path) -> None:
+    written(tmp_path, {f"{i}.py": f"x = {i}" for i in range(9)})
+    (tmp_path / "gone.py").symlink_to(tmp_path / "nowhere.py")
+    source = SourceTree(domain="d", root=str(tmp_path))
+    bad = BadRows(limit=0.2)
+    assert len(texts(source, bad=bad)) == 9
+    assert bad.places == {"link to nothing": [str(tmp_path / "gone.py")]}
+    assert len(units.fingerprint([source])[0]) == 9
 
 
 def test_the_standard_library_is_at_hand() -> None:
     source = SourceTree(domain="code", root="python:stdlib", max_bytes=200_000)
     found = list(documents([source], 0))
-    assert 100_000 < sum(len(document.text) for document in found) <= 200_000
+    assert 100_000 < sum(document.size for document in found) <= 200_000
     assert [document.path for document in found] == [document.path for document in documents([source], 0)]
-    assert all(document.text.startswith("# ") for document in found)
+    assert all(document.header.startswith("# ") for document in found)
 
 
 # ------------------------------------------------------------------ bundled and conversations
