@@ -233,7 +233,6 @@ def test_operation(name: str, dtype: torch.dtype, device: torch.device, observe:
     observe(off=[f"{x:.1e}" for x in offs])
 
 
-@pytest.mark.parametrize("name", ["experts", "document_attention", "linear_cross_entropy", "causal_attention"])
 def test_grouped_heads_in_fp32_never_make_all_scores(device: torch.device) -> None:
     if device.type != "cuda":
         pytest.skip("memory of a CUDA device")
@@ -245,6 +244,7 @@ def test_grouped_heads_in_fp32_never_make_all_scores(device: torch.device) -> No
     assert torch.cuda.max_memory_allocated(device) - before < H * T * T * 4 // 4
 
 
+@pytest.mark.parametrize("name", ["experts", "document_attention", "linear_cross_entropy", "causal_attention"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_same_twice(name: str, dtype: torch.dtype, device: torch.device, observe: Callable[..., None]) -> None:
     """Values are the same bits each time; whether gradients are is observed: torch's attention adds in any order."""
