@@ -24,6 +24,7 @@ from glmctl.rl.prompts import Prompts
 from glmctl.rl.score import score, summarize
 from glmctl.run.atomic import sha256_file
 from glmctl.run.directory import Run
+from glmctl.training import session
 
 TIMES = {"seconds_generate", "seconds_reward", "seconds_train"}
 
@@ -183,7 +184,7 @@ def test_a_signal_saves_and_stops(place, tmp_path, paid, monkeypatch) -> None:
             return None
 
     with monkeypatch.context() as patch:
-        patch.setattr(grpo, "StopFlag", Raised)
+        patch.setattr(session, "StopFlag", Raised)
         with pytest.raises(Interrupted) as caught:
             train(recipe, tmp_path / "run")
     assert caught.value.exit_code == 143
