@@ -321,8 +321,7 @@ def generation(config: ModelConfig, device: torch.device, new: int, clock: Clock
         for dtype in (torch.bfloat16, torch.float32):
             model = GlmMoe(config, device=device, seed=0).requires_grad_(False).to(dtype)
             for graphs in (True, False):
-                kind = "graphs" if graphs else "plain"
-                yield f"glmctl {str(dtype)[6:]} {kind}", ours_generates(model, graphs=graphs)
+                yield f"glmctl {str(dtype)[6:]} {'graphs' if graphs else 'plain'}", ours_generates(model, graphs=graphs)
         yield "hf bfloat16", theirs_generates(peer(config, device, torch.bfloat16), device)
 
     drawn = torch.Generator().manual_seed(0)

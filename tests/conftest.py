@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # one thread a worker: `make test` runs one worker a core, and two busy OpenMP processes on two cores collapse
@@ -117,3 +120,15 @@ def tiny_tokenizer() -> Tokenizer:
         '{"name": "get_stock", "parameters": {"type": "object"}}',
     ] * 4
     return Tokenizer.train(texts, vocab_size=512, digits=1)
+
+
+@pytest.fixture(scope="session")
+def training_harness() -> ModuleType:
+    """lifecycle/training_harness.py, a program, for its data and recipes."""
+    path = Path(__file__).with_name("lifecycle") / "training_harness.py"
+    spec = importlib.util.spec_from_file_location("training_harness", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

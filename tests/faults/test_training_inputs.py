@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,22 +18,15 @@ from glmctl.run.directory import Run
 from glmctl.training import pretrain
 from glmctl.training.session import Session
 
-HARNESS = Path(__file__).parents[1] / "lifecycle" / "training_harness.py"
-
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> PretrainRecipe:
+def recipe(tmp_path: Path, training_harness: ModuleType) -> PretrainRecipe:
     """The harness's recipe on published shards, which have a manifest."""
-    spec = importlib.util.spec_from_file_location("training_harness", HARNESS)
-    assert spec is not None
-    assert spec.loader is not None
-    harness = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(harness)
-    harness.prepare(tmp_path)
+    training_harness.prepare(tmp_path)
     with atomic.publish(tmp_path / "made" / "export") as folder:
         for split in ("train", "validation"):
             (tmp_path / "data" / split).rename(folder / split)
-    body = harness.pretrain_recipe(tmp_path).model_dump(mode="json")
+    body = training_harness.pretrain_recipe(tmp_path).model_dump(mode="json")
     body["stages"][0]["data"] = body["stages"][1]["data"] = str(tmp_path / "made")
     recipe: PretrainRecipe = PretrainRecipe.model_validate(body)
     return recipe

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,19 +21,12 @@ from glmctl.run.directory import Run
 from glmctl.training import checkpoint, pretrain
 from glmctl.training.session import Session
 
-HARNESS = Path(__file__).with_name("training_harness.py")
-
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> PretrainRecipe:
+def recipe(tmp_path: Path, training_harness: ModuleType) -> PretrainRecipe:
     """The harness's two stages: 15 steps, a checkpoint and a validation every fourth."""
-    spec = importlib.util.spec_from_file_location("training_harness", HARNESS)
-    assert spec is not None
-    assert spec.loader is not None
-    harness = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(harness)
-    harness.prepare(tmp_path)
-    found = harness.pretrain_recipe(tmp_path)
+    training_harness.prepare(tmp_path)
+    found = training_harness.pretrain_recipe(tmp_path)
     assert isinstance(found, PretrainRecipe)
     return found
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,21 +17,14 @@ from glmctl.recipe.load import load
 from glmctl.training.loss import Losses, LossModule
 from glmctl.training.step import StepMetrics, Stepper
 
-HARNESS = Path(__file__).with_name("training_harness.py")
-
 TOO_HIGH = 0.006
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Path:
+def recipe(tmp_path: Path, training_harness: ModuleType) -> Path:
     """Fifteen steps whose rate rises beyond TOO_HIGH after the fourth, where a checkpoint is taken."""
-    spec = importlib.util.spec_from_file_location("training_harness", HARNESS)
-    assert spec is not None
-    assert spec.loader is not None
-    harness = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(harness)
-    harness.prepare(tmp_path)
-    body = harness.pretrain_recipe(tmp_path).model_dump(mode="json")
+    training_harness.prepare(tmp_path)
+    body = training_harness.pretrain_recipe(tmp_path).model_dump(mode="json")
     body["schedule"] = {"peak_lr": 0.02, "final_lr": 0.001, "warmup_fraction": 0.5}
     path = tmp_path / "pretrain.yaml"
     path.write_text(yaml.safe_dump(body))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -27,21 +26,11 @@ pytestmark = pytest.mark.multiprocess
 HARNESS = Path(__file__).with_name("training_harness.py")
 
 
-def harness() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("training_harness", HARNESS)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, training_harness: ModuleType) -> Path:
     folder = tmp_path_factory.mktemp("processes")
-    module = harness()
-    module.prepare(folder)
-    recipe = module.pretrain_recipe(folder).model_dump(mode="json")
+    training_harness.prepare(folder)
+    recipe = training_harness.pretrain_recipe(folder).model_dump(mode="json")
     (folder / "pretrain.yaml").write_text(yaml.safe_dump(recipe))
     return folder
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,20 +16,13 @@ import yaml
 from glmctl import cli, console
 from glmctl.parallel import launch
 
-HARNESS = Path(__file__).with_name("training_harness.py")
-
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, training_harness: ModuleType) -> Path:
     """The harness's data, and its recipe with one stage of four steps."""
-    spec = importlib.util.spec_from_file_location("training_harness", HARNESS)
-    assert spec is not None
-    assert spec.loader is not None
-    harness = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(harness)
     folder = tmp_path_factory.mktemp("talk")
-    harness.prepare(folder)
-    recipe = harness.pretrain_recipe(folder).model_dump(mode="json")
+    training_harness.prepare(folder)
+    recipe = training_harness.pretrain_recipe(folder).model_dump(mode="json")
     recipe["stages"] = [{**recipe["stages"][0], "tokens": 9600, "export": False}]
     # more tokens than there are, which is said; fewer steps than would take long
     recipe |= {"batch": {"tokens": 2400}, "sample_prompts": []}
